@@ -25,16 +25,31 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod apic_bus;
 mod chip;
+mod events;
+mod interrupt;
+mod ioapic;
 mod lapic;
+mod pic;
+mod pit;
+mod routing;
+mod sync;
 
-pub use chip::{ChipMode, IrqChip, VmEvents};
-pub use lapic::{CpuFeatures, Lapic, LapicConfig, LvtEntry, VcpuEvents};
+#[cfg(test)]
+mod tests;
+
+pub use chip::{ChipCounters, ChipMode, IrqChip};
+pub use events::{VcpuEvents, VmEvents};
+pub use lapic::{CpuFeatures, Lapic, LapicConfig, LapicCounters, LvtEntry};
+pub use routing::MAX_IRQ_ROUTES;
 
 /// `irq_source_id` of `KVM_IRQ_LINE` and plain irqfds.
 pub const USERSPACE_IRQ_SOURCE_ID: u32 = 0;
 /// `irq_source_id` of irqfds with a resample eventfd.
 pub const RESAMPLE_IRQ_SOURCE_ID: u32 = 1;
+/// `irq_source_id` of the PIT.
+const PIT_IRQ_SOURCE_ID: u32 = 2;
 
 /// Why a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,0 +1,71 @@
+//! KVM_GET_LAPIC and KVM_SET_LAPIC: the register page as KVM lays it out.
+
+use anykvm_abi::kvm_lapic_state;
+
+use super::registers::offset;
+use super::{Lapic, x2apic_ldr};
+use crate::Error;
+
+/// Beside the current-count register, where the page has no register: 1 if the timer is a one-shot
+/// whose interrupt has been delivered. KVM writes 0, and takes a current count of 0 for an interrupt
+/// that is still to come; so does who writes only the initial count.
+const EXPIRED: u32 = offset::TIMER_CURRENT_COUNT + 4;
+
+impl Lapic {
+    /// KVM_GET_LAPIC.
+    pub fn state(&self) -> kvm_lapic_state {
+        // A timer that is due has its interrupt in the state, not in the air.
+        self.timer_expired(self.events.now_ns());
+        let mut state = kvm_lapic_state { regs: [0; 1024] };
+        for register in (0..0x400).step_by(16) {
+            put(&mut state, register, self.regs.get(register));
+        }
+        let current = self.timer_current_count();
+        put(&mut state, offset::TIMER_CURRENT_COUNT, current);
+        put(&mut state, EXPIRED, u32::from(self.one_shot_expired()));
+        if self.x2apic_mode() && !self.ids_32bit() {
+            put(&mut state, offset::ID, self.apic_id() << 24);
+        }
+        state
+    }
+
+    /// KVM_SET_LAPIC. With 32-bit ids (KVM_CAP_X2APIC_API) another id than the vCPU's is refused.
+    pub fn set_state(&self, state: &kvm_lapic_state) -> Result<(), Error> {
+        let x2apic = self.x2apic_mode();
+        if x2apic && self.ids_32bit() && get(state, offset::ID) != self.apic_id() {
+            return Err(Error::Invalid);
+        }
+        for register in (0..0x400).step_by(16) {
+            self.regs.set(register, get(state, register));
+        }
+        if x2apic {
+            self.regs.set(offset::ID, self.apic_id());
+            self.regs.set(offset::LDR, x2apic_ldr(self.apic_id()));
+        }
+        self.set_version();
+        self.update_ppr();
+        self.restore_timer(
+            get(state, offset::TIMER_CURRENT_COUNT),
+            get(state, EXPIRED) != 0,
+        );
+        self.regs.set(offset::TIMER_CURRENT_COUNT, 0);
+        self.map_changed();
+        if let Some(chip) = self.chip.upgrade() {
+            chip.lapic_restored(self);
+        }
+        self.events.notify();
+        Ok(())
+    }
+}
+
+fn get(state: &kvm_lapic_state, at: u32) -> u32 {
+    let at = at as usize;
+    u32::from_le_bytes(std::array::from_fn(|i| state.regs[at + i] as u8))
+}
+
+fn put(state: &mut kvm_lapic_state, at: u32, value: u32) {
+    let at = at as usize;
+    for (byte, value) in state.regs[at..at + 4].iter_mut().zip(value.to_le_bytes()) {
+        *byte = value as _;
+    }
+}

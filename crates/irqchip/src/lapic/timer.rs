@@ -1,0 +1,366 @@
+//! The APIC timer: one-shot, periodic and TSC-deadline. SDM volume 3, "APIC Timer". The bus clock is
+//! 1 GHz, so a count divided by nothing is nanoseconds.
+//!
+//! Only this part of the APIC has a lock: its deadline is looked at by the event thread while the vCPU
+//! runs. The deadline is also kept in an atomic, for those who only want to know when.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use super::registers::{
+    LVT_MASKED, LvtEntry, TIMER_MODE_PERIODIC, TIMER_MODE_TSC_DEADLINE, offset,
+};
+use super::{Lapic, VcpuEvents};
+use crate::sync::lock;
+
+/// A guest cannot make the timer periodic faster than this (kvm.min_timer_period_us).
+const MIN_PERIOD_NS: u64 = 200_000;
+/// In the deadline's atomic: none.
+const NEVER: u64 = u64::MAX;
+
+/// LVT timer bits 18:17.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum TimerMode {
+    #[default]
+    OneShot,
+    Periodic,
+    TscDeadline,
+    /// Both bits set: the timer does not run.
+    Reserved,
+}
+
+impl TimerMode {
+    fn from_lvt(lvt: u32) -> Self {
+        match (
+            lvt & TIMER_MODE_PERIODIC != 0,
+            lvt & TIMER_MODE_TSC_DEADLINE != 0,
+        ) {
+            (false, false) => Self::OneShot,
+            (true, false) => Self::Periodic,
+            (false, true) => Self::TscDeadline,
+            (true, true) => Self::Reserved,
+        }
+    }
+
+    fn counts(self) -> bool {
+        matches!(self, Self::OneShot | Self::Periodic)
+    }
+}
+
+/// What follows from the registers and the times they were written at.
+#[derive(Clone, Copy, Debug, Default)]
+struct TimerState {
+    mode: TimerMode,
+    /// Divisor from the divide configuration register.
+    divide: u32,
+    /// Initial count in nanoseconds (bounded below when periodic); 0: never started.
+    period: u64,
+    /// When the count reaches zero, or did.
+    target: u64,
+    /// IA32_TSC_DEADLINE.
+    tsc_deadline: u64,
+    /// When the interrupt is due.
+    armed: Option<u64>,
+}
+
+impl TimerState {
+    fn bound_period(&mut self) {
+        if self.mode == TimerMode::Periodic && self.period != 0 {
+            self.period = self.period.max(MIN_PERIOD_NS);
+        }
+    }
+
+    /// The interrupt is due and given; what comes next.
+    fn advance(&mut self, now: u64) {
+        self.armed = None;
+        match self.mode {
+            TimerMode::Periodic if self.period != 0 => {
+                // Ticks that nobody was there to take are lost, the phase is kept.
+                let missed = now.saturating_sub(self.target) / self.period;
+                let step = self.period.saturating_mul(missed + 1);
+                self.target = self.target.saturating_add(step);
+                self.armed = Some(self.target);
+            }
+            TimerMode::TscDeadline => self.tsc_deadline = 0,
+            _ => self.target = 0,
+        }
+    }
+
+    fn current_count(&self, initial: u32, now: u64) -> u32 {
+        if !self.mode.counts() || initial == 0 || self.period == 0 {
+            return 0;
+        }
+        let remaining = self.target.saturating_sub(now);
+        let in_period = match remaining % self.period {
+            0 if remaining != 0 => self.period,
+            rest => rest,
+        };
+        u32::try_from(in_period / u64::from(self.divide.max(1))).unwrap_or(u32::MAX)
+    }
+}
+
+/// The timer of one local APIC.
+pub(super) struct Timer {
+    state: Mutex<TimerState>,
+    deadline: AtomicU64,
+}
+
+impl Timer {
+    pub fn new() -> Self {
+        Self {
+            state: Mutex::new(TimerState {
+                divide: divisor(0),
+                ..TimerState::default()
+            }),
+            deadline: AtomicU64::new(NEVER),
+        }
+    }
+
+    pub fn deadline(&self) -> Option<u64> {
+        match self.deadline.load(Ordering::SeqCst) {
+            NEVER => None,
+            deadline => Some(deadline),
+        }
+    }
+}
+
+/// The divisor of a divide configuration register: bits 3, 1 and 0.
+fn divisor(tdcr: u32) -> u32 {
+    let log2 = (tdcr & 3 | tdcr >> 1 & 4) + 1;
+    1 << (log2 & 7)
+}
+
+fn bus_ns(count: u32, divide: u32) -> u64 {
+    u64::from(count) * u64::from(divide)
+}
+
+/// The lock, and whether the deadline is another when it is released.
+struct Guard<'a> {
+    state: MutexGuard<'a, TimerState>,
+    timer: &'a Timer,
+}
+
+impl Guard<'_> {
+    /// Unlocks, delivers the interrupt if `fire`, and tells of a new deadline.
+    fn finish(self, lapic: &Lapic, fire: bool) {
+        let mut armed = self.state.armed;
+        let changed = armed != self.timer.deadline();
+        self.timer
+            .deadline
+            .store(armed.unwrap_or(NEVER), Ordering::SeqCst);
+        drop(self.state);
+        if fire {
+            lapic.deliver_lvt(LvtEntry::Timer);
+        }
+        let mut untold = changed;
+        while untold {
+            lapic.events.timer_armed(armed);
+            // Another thread may have told of its later deadline before this one told of its own:
+            // whoever is last makes it right.
+            let current = self.timer.deadline();
+            untold = current != armed;
+            armed = current;
+        }
+    }
+}
+
+impl Lapic {
+    fn lock_timer(&self) -> Guard<'_> {
+        Guard {
+            state: lock(&self.timer.state),
+            timer: &self.timer,
+        }
+    }
+
+    /// The timer's deadline, lock-free.
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.timer.deadline()
+    }
+
+    /// Delivers the timer interrupt if the deadline has passed at `now`, and rearms a periodic timer.
+    pub fn timer_expired(&self, now: u64) {
+        if self.next_deadline().is_none_or(|deadline| deadline > now) {
+            return;
+        }
+        let mut timer = self.lock_timer();
+        let due = timer.state.armed.is_some_and(|deadline| deadline <= now);
+        if due {
+            timer.state.advance(now);
+        }
+        timer.finish(self, due);
+    }
+
+    /// IA32_TSC_DEADLINE: 0 unless the timer is in that mode and armed.
+    pub fn tsc_deadline(&self) -> u64 {
+        let timer = self.lock_timer();
+        if self.present() && timer.state.mode == TimerMode::TscDeadline {
+            timer.state.tsc_deadline
+        } else {
+            0
+        }
+    }
+
+    /// Writes IA32_TSC_DEADLINE; ignored unless the timer is in that mode.
+    pub fn set_tsc_deadline(&self, value: u64) {
+        let mut timer = self.lock_timer();
+        if !self.present() || timer.state.mode != TimerMode::TscDeadline {
+            return;
+        }
+        timer.state.tsc_deadline = value;
+        let fire = arm_tsc_deadline(&mut timer.state, self.events.as_ref());
+        timer.finish(self, fire);
+    }
+
+    /// The guest TSC's offset or rate changed: an armed TSC deadline gets a new time.
+    pub fn tsc_changed(&self) {
+        let mut timer = self.lock_timer();
+        let fire = timer.state.mode == TimerMode::TscDeadline
+            && arm_tsc_deadline(&mut timer.state, self.events.as_ref());
+        timer.finish(self, fire);
+    }
+
+    pub(super) fn timer_current_count(&self) -> u32 {
+        let initial = self.regs.get(offset::TIMER_INITIAL_COUNT);
+        let timer = self.lock_timer();
+        timer.state.current_count(initial, self.events.now_ns())
+    }
+
+    /// The LVT timer register or its writable bits changed.
+    pub(super) fn timer_lvt_changed(&self) {
+        let mode = TimerMode::from_lvt(self.regs.get(offset::LVT_TIMER) & self.timer_mode_mask());
+        let mut timer = self.lock_timer();
+        let state = &mut timer.state;
+        if state.mode != mode {
+            if (state.mode == TimerMode::TscDeadline) != (mode == TimerMode::TscDeadline) {
+                self.regs.set(offset::TIMER_INITIAL_COUNT, 0);
+                state.period = 0;
+                state.tsc_deadline = 0;
+                state.armed = None;
+            }
+            state.mode = mode;
+            state.bound_period();
+        }
+        timer.finish(self, false);
+    }
+
+    /// Writes the initial count, which starts the timer (or with 0 stops it).
+    pub(super) fn set_timer_initial_count(&self, count: u32) {
+        let mut timer = self.lock_timer();
+        let state = &mut timer.state;
+        if state.mode == TimerMode::TscDeadline {
+            return;
+        }
+        self.regs.set(offset::TIMER_INITIAL_COUNT, count);
+        state.period = bus_ns(count, state.divide);
+        state.bound_period();
+        state.armed = None;
+        if state.period != 0 && state.mode.counts() {
+            state.target = self.events.now_ns().saturating_add(state.period);
+            state.armed = Some(state.target);
+        }
+        timer.finish(self, false);
+    }
+
+    /// Writes the divide configuration: what remains of the count goes on at the new rate.
+    pub(super) fn set_timer_divide(&self, value: u32) {
+        self.regs.set(offset::TIMER_DIVIDE, value & 0xb);
+        let mut timer = self.lock_timer();
+        let state = &mut timer.state;
+        let old = std::mem::replace(&mut state.divide, divisor(value));
+        if old != state.divide && state.period != 0 {
+            let now = self.events.now_ns();
+            let initial = self.regs.get(offset::TIMER_INITIAL_COUNT);
+            state.period = bus_ns(initial, state.divide);
+            state.bound_period();
+            if state.armed.is_some() && state.mode.counts() {
+                let remaining = u128::from(state.target.saturating_sub(now))
+                    * u128::from(state.divide)
+                    / u128::from(old.max(1));
+                let remaining = u64::try_from(remaining).unwrap_or(u64::MAX);
+                state.target = now.saturating_add(remaining);
+                state.armed = Some(state.target);
+            }
+        }
+        timer.finish(self, false);
+    }
+
+    /// Sets the timer up from the registers just restored. `current` is the current-count register:
+    /// where the count goes on from. A count of 0 is a timer that is due at once (or, periodic, starts
+    /// over) unless `expired` says that its interrupt has been delivered already.
+    pub(super) fn restore_timer(&self, current: u32, expired: bool) {
+        let mode = TimerMode::from_lvt(self.regs.get(offset::LVT_TIMER) & self.timer_mode_mask());
+        let mut timer = self.lock_timer();
+        let deadline_kept = timer.state.mode == mode && mode == TimerMode::TscDeadline;
+        let divide = divisor(self.regs.get(offset::TIMER_DIVIDE));
+        let mut state = TimerState {
+            mode,
+            divide,
+            period: bus_ns(self.regs.get(offset::TIMER_INITIAL_COUNT), divide),
+            tsc_deadline: if deadline_kept {
+                timer.state.tsc_deadline
+            } else {
+                0
+            },
+            ..TimerState::default()
+        };
+        let mut fire = false;
+        if mode == TimerMode::TscDeadline {
+            // TSC-deadline mode has no count; entering it clears what is left of one.
+            if !deadline_kept {
+                self.regs.set(offset::TIMER_INITIAL_COUNT, 0);
+            }
+            state.period = 0;
+            fire = arm_tsc_deadline(&mut state, self.events.as_ref());
+        } else if mode.counts() && state.period != 0 {
+            state.bound_period();
+            let remaining = match bus_ns(current, divide) {
+                0 if mode == TimerMode::Periodic => state.period,
+                remaining => remaining.min(state.period),
+            };
+            if !(expired && remaining == 0) {
+                state.target = self.events.now_ns().saturating_add(remaining);
+                state.armed = Some(state.target);
+            }
+        }
+        *timer.state = state;
+        timer.finish(self, fire);
+    }
+
+    /// RESET and INIT: the count is gone; the registers are the caller's to clear.
+    pub(super) fn reset_timer(&self) {
+        let mut timer = self.lock_timer();
+        *timer.state = TimerState {
+            divide: divisor(0),
+            ..TimerState::default()
+        };
+        timer.finish(self, false);
+    }
+
+    /// Whether the timer is a one-shot that has run out.
+    pub(super) fn one_shot_expired(&self) -> bool {
+        let timer = self.lock_timer();
+        timer.state.mode == TimerMode::OneShot
+            && timer.state.period != 0
+            && timer.state.armed.is_none()
+    }
+
+    /// Whether the timer interrupt is masked: a vCPU that halts need not wake for it.
+    pub fn timer_masked(&self) -> bool {
+        self.regs.get(offset::LVT_TIMER) & LVT_MASKED != 0
+    }
+}
+
+/// Arms the TSC deadline; true if it has passed, in which case the interrupt is the caller's to give.
+fn arm_tsc_deadline(state: &mut TimerState, events: &dyn VcpuEvents) -> bool {
+    state.armed = None;
+    if state.tsc_deadline == 0 {
+        return false;
+    }
+    let due = events.tsc_to_ns(state.tsc_deadline);
+    if due <= events.now_ns() {
+        state.tsc_deadline = 0;
+        return true;
+    }
+    state.armed = Some(due.min(NEVER - 1));
+    false
+}
