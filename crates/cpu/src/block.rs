@@ -1,0 +1,171 @@
+//! Decoded blocks: straight-line runs of instructions inside one page.
+//!
+//! A block is keyed by the host address of its first byte and the mode, so that guest-physical
+//! aliases share it. It keeps the bytes it was made from. They are compared with memory again
+//! whenever the block is reached by anything but the jump cache, which a TLB flush, a CR3 load, a
+//! mode change, a store that hits code anywhere, or a new epoch makes miss; and on every entry while
+//! paging is off. That is how writes nobody told us about (device DMA, a debugger) are noticed
+//! before a guest can expect them to be.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use crate::decode::Insn;
+use crate::mode::Mode;
+
+/// Most instructions in a block.
+pub const MAX_INSNS: usize = 32;
+/// Blocks kept before all are dropped.
+const MAX_BLOCKS: usize = 1 << 16;
+/// Jump-cache entries: `JUMP_SETS` pages' worth of `JUMP_WAYS`.
+const JUMP_SETS: usize = 128;
+const JUMP_WAYS: usize = 64;
+
+/// One block.
+#[derive(Debug)]
+pub struct Block {
+    /// Its instructions. Taken out while the block runs.
+    pub insns: Box<[Insn]>,
+    /// The bytes it was made from.
+    pub bytes: Box<[u8]>,
+    /// Host address of the first byte.
+    pub host: u64,
+    /// Generation of the page's code when the bytes were last compared.
+    pub generation: u32,
+}
+
+/// Where a block is in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockId(u32);
+
+#[derive(Clone, Copy, Debug)]
+struct Jump {
+    rip: u64,
+    key: u64,
+    code: u64,
+    id: BlockId,
+}
+
+const NO_JUMP: Jump = Jump {
+    rip: 0,
+    key: u64::MAX,
+    code: 0,
+    id: BlockId(0),
+};
+
+#[derive(Default)]
+struct Mix(u64);
+
+impl Hasher for Mix {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.write_u64((*b).into());
+        }
+    }
+    fn write_u64(&mut self, n: u64) {
+        self.0 = (self.0 ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 29;
+    }
+    fn write_u32(&mut self, n: u32) {
+        self.write_u64(n.into());
+    }
+}
+
+/// All blocks of one processor.
+#[derive(Debug)]
+pub struct BlockCache {
+    blocks: Vec<Block>,
+    by_address: HashMap<(u64, u32), BlockId, BuildHasherDefault<Mix>>,
+    jumps: Box<[[Jump; JUMP_WAYS]; JUMP_SETS]>,
+    /// Mode, address space and epoch: what must be the same for a jump-cache entry to be good.
+    key: u64,
+    epoch: u32,
+}
+
+impl Default for BlockCache {
+    fn default() -> Self {
+        Self {
+            blocks: Vec::new(),
+            by_address: HashMap::default(),
+            jumps: Box::new([[NO_JUMP; JUMP_WAYS]; JUMP_SETS]),
+            key: 0,
+            epoch: 0,
+        }
+    }
+}
+
+fn slot(rip: u64) -> (usize, usize) {
+    let page = rip >> 12;
+    (
+        (page ^ page >> 7) as usize % JUMP_SETS,
+        (rip ^ rip >> 6) as usize % JUMP_WAYS,
+    )
+}
+
+impl BlockCache {
+    /// The mode or the address space changed.
+    pub fn set_mode(&mut self, mode: Mode, asn: u64) {
+        self.key = u64::from(self.epoch) << 32 | asn << 16 | u64::from(mode.bits_packed() & 0xffff);
+    }
+    /// Every jump-cache entry is void.
+    pub fn forget_jumps(&mut self) {
+        self.epoch = self.epoch.wrapping_add(1);
+        if self.epoch == u32::MAX {
+            self.epoch = 0;
+            self.jumps.fill([NO_JUMP; JUMP_WAYS]);
+        }
+        self.key = self.key & 0xffff_ffff | u64::from(self.epoch) << 32;
+    }
+    /// The jump-cache entries of one page are void (INVLPG).
+    pub fn forget_jumps_of_page(&mut self, linear: u64) {
+        self.jumps[slot(linear).0].fill(NO_JUMP);
+    }
+    /// The block at this address, if nothing that could have changed it has happened since.
+    #[inline(always)]
+    pub fn jump(&self, rip: u64, code: u64) -> Option<BlockId> {
+        let (s, w) = slot(rip);
+        let j = &self.jumps[s][w];
+        (j.rip == rip && j.key == self.key && j.code == code).then_some(j.id)
+    }
+    /// Remembers a checked block.
+    pub fn remember(&mut self, rip: u64, code: u64, id: BlockId) {
+        let (s, w) = slot(rip);
+        self.jumps[s][w] = Jump {
+            rip,
+            key: self.key,
+            code,
+            id,
+        };
+    }
+    /// The block made from this host address in this mode.
+    pub fn find(&self, host: u64, mode: Mode) -> Option<BlockId> {
+        self.by_address.get(&(host, mode.bits_packed())).copied()
+    }
+    /// A block.
+    #[inline(always)]
+    pub fn get(&mut self, id: BlockId) -> Option<&mut Block> {
+        self.blocks.get_mut(id.0 as usize)
+    }
+    /// Adds a block, or replaces the one with the same key.
+    pub fn insert(&mut self, block: Block, mode: Mode) -> BlockId {
+        if self.blocks.len() >= MAX_BLOCKS {
+            self.blocks.clear();
+            self.by_address.clear();
+            self.forget_jumps();
+        }
+        let key = (block.host, mode.bits_packed());
+        if let Some(id) = self.by_address.get(&key).copied()
+            && let Some(old) = self.blocks.get_mut(id.0 as usize)
+        {
+            *old = block;
+            return id;
+        }
+        let id = BlockId(self.blocks.len() as u32);
+        self.blocks.push(block);
+        self.by_address.insert(key, id);
+        id
+    }
+}

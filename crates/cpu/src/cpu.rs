@@ -1,0 +1,273 @@
+//! The processor object: state, what it runs against, and its caches.
+
+use std::sync::Arc;
+
+use crate::block::BlockCache;
+use crate::events::vector;
+use crate::exit::{Exit, Fault, Stop};
+use crate::io::Io;
+use crate::machine::Machine;
+use crate::memory::{GuestMemory, MemoryMap, Participant};
+use crate::mmu::tlb::Tlb;
+use crate::mode::Mode;
+use crate::requests::Requests;
+use crate::state::{CpuState, seg};
+use crate::trace::Trace;
+
+/// Counters of one processor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Instructions completed (a REP string instruction counts once for each time it is entered).
+    pub instructions: u64,
+    /// Blocks entered.
+    pub blocks: u64,
+    /// Blocks decoded.
+    pub decoded: u64,
+    /// Blocks found stale and decoded again.
+    pub redecoded: u64,
+    /// Events delivered through the IDT.
+    pub events: u64,
+    /// Instructions executed by native assist.
+    pub assisted: u64,
+}
+
+/// What KVM_SET_GUEST_DEBUG asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuestDebug {
+    /// Exit after each instruction.
+    pub single_step: bool,
+    /// INT3 exits instead of being delivered.
+    pub software_breakpoints: bool,
+    /// `db` and `dr7` are armed instead of the guest's.
+    pub hardware_breakpoints: bool,
+    /// No interrupts while single-stepping.
+    pub block_irq: bool,
+    /// The debugger's DR0-DR3.
+    pub db: [u64; 4],
+    /// The debugger's DR7.
+    pub dr7: u64,
+}
+
+/// One processor.
+pub struct Cpu {
+    /// The architectural state. After changing it from outside call [`Cpu::state_changed`].
+    pub state: CpuState,
+    /// Port-I/O data and half-done operations.
+    pub io: Io,
+    /// Counters.
+    pub counters: Counters,
+    /// Guest debugging.
+    pub guest_debug: GuestDebug,
+    /// Physical-address bits (CPUID leaf 0x80000008): above them page-table bits are reserved.
+    pub phys_bits: u8,
+    /// The instruction trace, when one is wanted (`ANYKVM_TRACE`).
+    pub trace: Option<Box<Trace>>,
+    pub(crate) machine: Arc<dyn Machine>,
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) map: Arc<MemoryMap>,
+    pub(crate) participant: Arc<Participant>,
+    pub(crate) requests: Arc<Requests>,
+    pub(crate) tlb: Tlb,
+    pub(crate) blocks: BlockCache,
+    pub(crate) mode: Mode,
+    pub(crate) stack_code: u8,
+    pub(crate) stack_mask: u64,
+    pub(crate) fault: Fault,
+    pub(crate) exit: Option<Exit>,
+    /// Stop at the next instruction boundary and look at requests, events and mode.
+    pub(crate) leave: bool,
+    /// Events must be looked at before the next block.
+    pub(crate) check_events: bool,
+    /// The interrupt shadow before the current instruction.
+    pub(crate) prior_shadow: u8,
+    /// DR6 bits of data and I/O breakpoints the current instruction hit.
+    pub(crate) debug_hits: u64,
+    /// The current instruction is executed alone (TF, debugging): REP does one iteration.
+    pub(crate) stepping: bool,
+}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cpu")
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Cpu {
+    /// A processor in its reset state.
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        machine: Arc<dyn Machine>,
+        requests: Arc<Requests>,
+    ) -> Self {
+        let participant = memory.join(requests.clone());
+        let mut cpu = Self {
+            state: CpuState::new(),
+            io: Io::default(),
+            counters: Counters::default(),
+            guest_debug: GuestDebug::default(),
+            phys_bits: 36,
+            trace: Trace::from_env(),
+            machine,
+            map: memory.map(0),
+            memory,
+            participant,
+            requests,
+            tlb: Tlb::default(),
+            blocks: BlockCache::default(),
+            mode: Mode::default(),
+            stack_code: 0,
+            stack_mask: 0,
+            fault: Fault {
+                vector: 0,
+                error_code: None,
+                payload: 0,
+                trap: false,
+            },
+            exit: None,
+            leave: false,
+            check_events: true,
+            prior_shadow: 0,
+            debug_hits: 0,
+            stepping: false,
+        };
+        cpu.update_mode();
+        cpu
+    }
+
+    /// The machine it runs against.
+    pub fn machine(&self) -> &Arc<dyn Machine> {
+        &self.machine
+    }
+    /// The guest's memory.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+    /// The requests word.
+    pub fn requests(&self) -> &Arc<Requests> {
+        &self.requests
+    }
+    /// The execution mode.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// The owner changed `state`: everything derived from it is looked at again.
+    pub fn state_changed(&mut self) {
+        self.reload_address_space();
+        self.update_mode();
+        self.check_events = true;
+        self.new_epoch();
+    }
+
+    /// Code may have been changed by the owner without a trace (a debugger's breakpoint, a loaded
+    /// snapshot): every block is compared with memory once more before it runs.
+    pub fn new_epoch(&mut self) {
+        self.blocks.forget_jumps();
+        self.tlb.flush_l1();
+    }
+
+    /// CR0, CR3, CR4, EFER, SMM or protection keys changed in a way that the TLB must not survive.
+    pub(crate) fn reload_address_space(&mut self) {
+        let space = usize::from(self.state.events.smm);
+        self.map = self.memory.map(space);
+        self.tlb.flush_all();
+        self.blocks.forget_jumps();
+    }
+
+    /// Recomputes what is derived from segments, control registers, EFER and RFLAGS.VM/AC. Every
+    /// change of those calls it; the current block ends.
+    pub fn update_mode(&mut self) {
+        self.mode = Mode::of(&self.state);
+        self.choose_set();
+        self.stack_code = crate::decode::segment_code(seg::SS, self.mode);
+        self.stack_mask = match self.mode.stack_bits() {
+            64 => u64::MAX,
+            32 => 0xffff_ffff,
+            _ => 0xffff,
+        };
+        self.blocks.set_mode(self.mode, self.tlb.asn());
+        self.leave = true;
+    }
+
+    /// The current block ends behind this instruction.
+    #[inline]
+    pub(crate) fn leave_block(&mut self) {
+        self.leave = true;
+    }
+    /// Interruptibility may have changed: events are looked at behind this instruction.
+    #[inline]
+    pub(crate) fn recheck_events(&mut self) {
+        self.check_events = true;
+        self.leave = true;
+    }
+    /// Sets the interrupt shadow for the next instruction. A shadow that was in force already is
+    /// not extended (SDM Vol. 3, 6.8.3).
+    pub(crate) fn set_interrupt_shadow(&mut self, bit: u8) {
+        if self.prior_shadow & bit == 0 {
+            self.state.events.shadow |= bit;
+        }
+        self.recheck_events();
+    }
+    /// For a REP instruction that is not finished: RIP goes back to it, and the block ends, so that
+    /// requests and events are seen between iterations.
+    pub(crate) fn repeat(&mut self, insn: &crate::decode::Insn) {
+        let rip = self.state.rip().wrapping_sub(insn.len.into());
+        self.state.set_rip(if self.mode.code64() {
+            rip
+        } else {
+            rip & 0xffff_ffff
+        });
+        self.leave = true;
+    }
+
+    /// Raises a fault.
+    #[cold]
+    pub fn raise(&mut self, fault: Fault) -> Stop {
+        self.fault = fault;
+        Stop::Fault
+    }
+    /// Raises an exception without an error code.
+    #[cold]
+    pub fn raise_vector(&mut self, v: u8) -> Stop {
+        self.raise(Fault {
+            vector: v,
+            error_code: None,
+            payload: 0,
+            trap: false,
+        })
+    }
+    /// Raises an exception with an error code.
+    #[cold]
+    pub fn raise_error(&mut self, v: u8, code: u32) -> Stop {
+        self.raise(Fault {
+            vector: v,
+            error_code: Some(code),
+            payload: 0,
+            trap: false,
+        })
+    }
+    /// #GP(0).
+    #[cold]
+    pub fn gp0(&mut self) -> Stop {
+        self.raise_error(vector::GP, 0)
+    }
+    /// #UD.
+    #[cold]
+    pub fn ud(&mut self) -> Stop {
+        self.raise_vector(vector::UD)
+    }
+
+    /// The time-stamp counter.
+    pub fn tsc(&self) -> u64 {
+        let scaled = (u128::from(host_tsc()) * u128::from(self.state.tsc_ratio)) >> 48;
+        (scaled as u64).wrapping_add(self.state.tsc_offset)
+    }
+}
+
+/// The host's time-stamp counter.
+pub fn host_tsc() -> u64 {
+    // SAFETY: RDTSC is available in user mode on every host this crate supports.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}

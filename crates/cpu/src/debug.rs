@@ -1,0 +1,96 @@
+//! Breakpoints: which of DR0-DR3 an access hits (SDM Vol. 3, 18.2).
+
+use crate::cpu::Cpu;
+
+/// DR6.BS: single step.
+pub const DR6_BS: u64 = 1 << 14;
+
+/// What a breakpoint watches (DR7.R/Wn).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Instruction execution.
+    Execute,
+    /// Data reads and writes.
+    Data {
+        /// A write.
+        write: bool,
+    },
+    /// Port I/O (CR4.DE).
+    Io,
+}
+
+/// The DR6 bits B0-B3 of the breakpoints that watch this access. Disabled ones do not count.
+pub fn hits(db: &[u64; 4], dr7: u64, watch: Watch, address: u64, size: u64) -> u64 {
+    let mut bits = 0;
+    for (n, at) in db.iter().enumerate() {
+        if dr7 >> (n * 2) & 3 == 0 {
+            continue;
+        }
+        let control = dr7 >> (16 + n * 4) & 15;
+        let len: u64 = match control >> 2 {
+            0 => 1,
+            1 => 2,
+            2 => 8,
+            _ => 4,
+        };
+        let kind = match (control & 3, watch) {
+            (0, Watch::Execute) => address == *at,
+            (1, Watch::Data { write: true }) | (3, Watch::Data { .. }) | (2, Watch::Io) => {
+                let first = at & !(len - 1);
+                address < first.wrapping_add(len) && first < address.wrapping_add(size)
+            }
+            _ => false,
+        };
+        if kind {
+            bits |= 1 << n;
+        }
+    }
+    bits
+}
+
+impl Cpu {
+    /// The breakpoints in force: the debugger's, if it has armed any, else the guest's.
+    pub(crate) fn breakpoints(&self) -> (&[u64; 4], u64) {
+        if self.guest_debug.hardware_breakpoints {
+            (&self.guest_debug.db, self.guest_debug.dr7)
+        } else {
+            (&self.state.db, self.state.dr7)
+        }
+    }
+    /// Whether any data breakpoint lies in the page of this address: it must have no fast TLB entry.
+    pub(crate) fn watched(&self, linear: u64) -> bool {
+        let (db, dr7) = self.breakpoints();
+        dr7 & 0xff != 0
+            && db
+                .iter()
+                .enumerate()
+                .any(|(n, at)| dr7 >> (n * 2) & 3 != 0 && (at ^ linear) >> 12 == 0)
+    }
+    /// Notes the data breakpoints an access hits; the run loop turns them into #DB after the
+    /// instruction.
+    pub(crate) fn note_data(&mut self, linear: u64, size: usize, write: bool) {
+        let (db, dr7) = self.breakpoints();
+        if dr7 & 0xff != 0 {
+            let bits = hits(db, dr7, Watch::Data { write }, linear, size as u64);
+            if bits != 0 {
+                self.debug_hits |= bits;
+                self.leave = true;
+            }
+        }
+    }
+    /// Notes the I/O breakpoints an access hits.
+    pub(crate) fn note_io(&mut self, port: u16, size: usize) {
+        let (db, dr7) = self.breakpoints();
+        if dr7 & 0xff != 0 && self.state.cr4 & crate::state::cr4::DE != 0 {
+            let bits = hits(db, dr7, Watch::Io, port.into(), size as u64);
+            if bits != 0 {
+                self.debug_hits |= bits;
+                self.leave = true;
+            }
+        }
+    }
+    /// Whether instruction breakpoints may be armed.
+    pub(crate) fn breakpoints_armed(&self) -> bool {
+        self.breakpoints().1 & 0xff != 0
+    }
+}

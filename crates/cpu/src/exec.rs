@@ -1,0 +1,556 @@
+//! The run loop: requests, events, blocks.
+
+use std::sync::Arc;
+
+use crate::block::{Block, BlockId, MAX_INSNS};
+use crate::cpu::Cpu;
+use crate::debug::{self, DR6_BS, Watch};
+use crate::decode::{self, DecodeError, Insn, MAX_INSN_LEN};
+use crate::events::{SHADOW_MOV_SS, vector};
+use crate::exit::{Exit, Fault, InternalError, Stop};
+use crate::memory::access::HostPage;
+use crate::memory::{PAGE, fault};
+use crate::mmu::slow::Fetched;
+use crate::requests;
+use crate::state::{rflags, seg};
+
+/// How a step of the run loop ends: with an exit for the caller, or not.
+type Step = Result<(), Exit>;
+
+impl Cpu {
+    /// Runs until there is something for the caller to do, or about `budget` instructions are done.
+    pub fn run(&mut self, budget: u64) -> Exit {
+        let requests = self.requests.clone();
+        self.participant.enter();
+        // What was asked before entering counts: the memory map may be new.
+        if !Arc::ptr_eq(&self.map, &self.memory.map(self.state.events.smm.into())) {
+            self.requests.set(requests::MEMSLOTS);
+        }
+        let (exit, faulted) = fault::watch(&requests, || match self.run_until_exit(budget) {
+            Ok(()) => Exit::Budget,
+            Err(exit) => exit,
+        });
+        self.participant.leave();
+        if faulted {
+            self.requests.take(requests::KICK);
+            return Exit::BadMemory;
+        }
+        exit
+    }
+
+    fn run_until_exit(&mut self, budget: u64) -> Step {
+        if self.io.pending() {
+            self.complete_io()?;
+        }
+        let end = self.counters.instructions.saturating_add(budget);
+        while self.counters.instructions < end {
+            if self.requests.pending() != 0 {
+                self.serve_requests()?;
+            }
+            if self.check_events {
+                self.serve_events()?;
+            }
+            if self.must_step() {
+                self.step()?;
+            } else {
+                self.run_block()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finishes what the last exit left half done.
+    fn complete_io(&mut self) -> Step {
+        if let Some(insn) = self.take_replay() {
+            let rip = self.state.rip();
+            self.begin_alone();
+            self.execute_one(&insn, rip)?;
+        }
+        match self.next_write() {
+            Some(exit) => Err(exit),
+            None => Ok(()),
+        }
+    }
+
+    fn serve_requests(&mut self) -> Step {
+        let pending = self.requests.pending();
+        if pending & (requests::TLB_FLUSH | requests::MEMSLOTS) != 0 {
+            let epoch = self.memory.epoch();
+            self.requests.take(requests::TLB_FLUSH | requests::MEMSLOTS);
+            self.reload_address_space();
+            self.update_mode();
+            self.participant.acknowledge(epoch);
+        }
+        if pending & requests::EVENT != 0 {
+            self.requests.take(requests::EVENT);
+            self.machine.clone().collect_events(&mut self.state);
+            self.check_events = true;
+        }
+        if pending & requests::EXITS != 0 {
+            Err(Exit::Request)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Delivers what is pending and deliverable, in the order of SDM Vol. 3, table 6-2.
+    fn serve_events(&mut self) -> Step {
+        self.check_events = false;
+        if self.state.events.triple_fault {
+            self.state.events.triple_fault = false;
+            return Err(Exit::Shutdown);
+        }
+        let shadow = self.state.events.shadow;
+        let e = self.state.events.exception;
+        if e.pending || e.injected {
+            return self.deliver_exception();
+        }
+        if self.state.events.nmi_injected {
+            return self.deliver_nmi();
+        }
+        if self.state.events.interrupt.injected {
+            return self.deliver_interrupt();
+        }
+        if let Some(vector) = self.machine.take_ioapic_eoi() {
+            self.check_events = true;
+            return Err(Exit::IoapicEoi { vector });
+        }
+        let stepping_without_irq = self.guest_debug.single_step && self.guest_debug.block_irq;
+        if self.state.events.smi_pending && !self.state.events.smm {
+            return Err(Self::delivery_failed(0));
+        }
+        if self.state.events.nmi_pending > 0
+            && !self.state.events.nmi_masked
+            && shadow == 0
+            && !stepping_without_irq
+        {
+            self.state.events.nmi_pending -= 1;
+            self.state.events.nmi_injected = true;
+            self.state.events.nmi_masked = true;
+            return self.deliver_nmi();
+        }
+        let open = self.state.rflags & rflags::IF != 0 && shadow == 0 && !stepping_without_irq;
+        if open {
+            if self.machine.interrupt_pending()
+                && let Some(vector) = self.machine.acknowledge_interrupt()
+            {
+                self.state.events.interrupt.injected = true;
+                self.state.events.interrupt.vector = vector;
+                self.state.events.interrupt.soft = false;
+                return self.deliver_interrupt();
+            }
+            if self.machine.wants_interrupt_window() {
+                return Err(Exit::IrqWindowOpen);
+            }
+        } else if shadow != 0 {
+            // The shadow ends behind the next instruction.
+            self.check_events = true;
+        }
+        Ok(())
+    }
+
+    /// Delivers the pending or injected exception.
+    fn deliver_exception(&mut self) -> Step {
+        Err(Self::delivery_failed(self.state.events.exception.vector))
+    }
+    /// Delivers the injected NMI.
+    fn deliver_nmi(&mut self) -> Step {
+        Err(Self::delivery_failed(vector::NMI))
+    }
+    /// Delivers the injected interrupt.
+    fn deliver_interrupt(&mut self) -> Step {
+        Err(Self::delivery_failed(self.state.events.interrupt.vector))
+    }
+    fn delivery_failed(vector: u8) -> Exit {
+        Exit::InternalError(InternalError::DeliveryEvent { vector })
+    }
+
+    /// Whether the next instruction must be executed alone, with all the checks of [`Cpu::step`].
+    fn must_step(&self) -> bool {
+        self.state.rflags & (rflags::TF | rflags::RF) != 0
+            || self.state.events.shadow != 0
+            || self.breakpoints_armed()
+            || self.guest_debug.single_step
+            || self.trace.is_some()
+    }
+
+    /// Executes one instruction with instruction breakpoints, single-step, shadow and trace.
+    fn step(&mut self) -> Step {
+        let rip = self.state.rip();
+        if self.state.rflags & rflags::RF == 0 && self.breakpoints_armed() {
+            let linear = self.state.seg[usize::from(seg::CS)].base.wrapping_add(rip);
+            let (db, dr7) = self.breakpoints();
+            let bits = debug::hits(db, dr7, Watch::Execute, linear, 1);
+            if bits != 0 && self.state.events.shadow & SHADOW_MOV_SS == 0 {
+                return self.debug_exception(bits, false);
+            }
+        }
+        let insn = match self.fetch() {
+            Ok(Ok(insn)) => insn,
+            Ok(Err(stop)) | Err(stop) => return self.instruction_stopped(stop, None, rip),
+        };
+        if let Some(mut trace) = self.trace.take() {
+            let keep = trace.instruction(self, &insn);
+            self.trace = keep.then_some(trace);
+        }
+        self.begin_alone();
+        self.execute_one(&insn, rip)
+    }
+
+    fn begin_alone(&mut self) {
+        self.prior_shadow = std::mem::take(&mut self.state.events.shadow);
+        self.stepping = true;
+        self.debug_hits = 0;
+    }
+
+    /// Executes an instruction by itself, with what follows it: RF, shadow, single-step trap.
+    fn execute_one(&mut self, insn: &Insn, rip: u64) -> Step {
+        let trap = self.state.rflags & rflags::TF != 0;
+        let resume = self.state.rflags & rflags::RF != 0;
+        let debugger_step = self.guest_debug.single_step;
+        self.state.set_rip(rip.wrapping_add(insn.len.into()));
+        let done = (insn.handler)(self, insn);
+        let prior = std::mem::take(&mut self.prior_shadow);
+        self.stepping = false;
+        if prior != 0 {
+            self.check_events = true;
+        }
+        if let Err(stop) = done {
+            if stop == Stop::Exit {
+                self.state.events.shadow = prior;
+            }
+            return self.instruction_stopped(stop, Some(insn), rip);
+        }
+        self.end_replay();
+        self.counters.instructions += 1;
+        if resume && self.state.rip() != rip {
+            self.state.rflags &= !rflags::RF;
+        }
+        let writes = self.io.has_writes();
+        if writes {
+            self.note_writes_retired();
+        }
+        let mut bits = std::mem::take(&mut self.debug_hits);
+        if trap {
+            bits |= DR6_BS;
+        }
+        if debugger_step {
+            let dr6 = bits | DR6_BS | 0xffff_0ff0;
+            if writes {
+                // The store's exit comes first; the step is reported on re-entry by its own step.
+                return self.after_writes();
+            }
+            return Err(Exit::Debug {
+                vector: vector::DB,
+                dr6,
+                dr7: self.breakpoints().1,
+            });
+        }
+        if bits != 0 {
+            self.debug_exception(bits, true)?;
+        }
+        if writes { self.after_writes() } else { Ok(()) }
+    }
+
+    fn after_writes(&mut self) -> Step {
+        self.next_write().map_or(Ok(()), Err)
+    }
+
+    /// A #DB with these DR6 bits: to the debugger if it armed the breakpoints, else to the guest.
+    fn debug_exception(&mut self, bits: u64, trap: bool) -> Step {
+        if self.guest_debug.hardware_breakpoints && bits & 15 != 0 {
+            let dr7 = self.guest_debug.dr7;
+            return Err(Exit::Debug {
+                vector: vector::DB,
+                dr6: bits | 0xffff_0ff0,
+                dr7,
+            });
+        }
+        self.queue_fault(Fault {
+            vector: vector::DB,
+            error_code: None,
+            payload: bits,
+            trap,
+        });
+        Ok(())
+    }
+
+    /// Makes a fault the pending exception.
+    pub(crate) fn queue_fault(&mut self, f: Fault) {
+        let e = &mut self.state.events.exception;
+        e.pending = true;
+        e.injected = false;
+        e.vector = f.vector;
+        e.has_error_code = f.error_code.is_some();
+        e.error_code = f.error_code.unwrap_or(0);
+        e.has_payload = matches!(f.vector, vector::PF | vector::DB);
+        e.payload = f.payload;
+        self.check_events = true;
+    }
+
+    /// Finds the block at RIP and runs it.
+    fn run_block(&mut self) -> Step {
+        let rip = self.state.rip();
+        let id = match self.block_at(rip) {
+            Ok(Some(id)) => id,
+            Ok(None) => return self.step(),
+            Err(stop) => return self.instruction_stopped(stop, None, rip),
+        };
+        let Some(block) = self.blocks.get(id) else {
+            return Ok(());
+        };
+        let insns = std::mem::take(&mut block.insns);
+        self.leave = false;
+        let mut done = 0;
+        let mut stopped = Ok(());
+        for insn in insns.iter() {
+            let next = self.state.rip().wrapping_add(insn.len.into());
+            self.state.set_rip(next);
+            match (insn.handler)(self, insn) {
+                Ok(()) => done += 1,
+                Err(stop) => {
+                    stopped = Err((stop, done));
+                    break;
+                }
+            }
+            if self.leave {
+                break;
+            }
+        }
+        self.counters.instructions += done as u64;
+        self.counters.blocks += 1;
+        let result = match stopped {
+            Err((stop, n)) => {
+                let insn = &insns[n];
+                let at = self.state.rip().wrapping_sub(insn.len.into());
+                self.instruction_stopped(stop, Some(insn), at)
+            }
+            Ok(()) if self.io.has_writes() => {
+                self.note_writes_retired();
+                self.after_writes()
+            }
+            Ok(()) => Ok(()),
+        };
+        if let Some(block) = self.blocks.get(id) {
+            block.insns = insns;
+        }
+        result
+    }
+
+    /// An instruction at `rip` did not complete.
+    fn instruction_stopped(&mut self, stop: Stop, insn: Option<&Insn>, rip: u64) -> Step {
+        match stop {
+            Stop::Fault => {
+                let f = self.fault;
+                if f.trap {
+                    self.counters.instructions += 1;
+                } else {
+                    self.state.set_rip(rip);
+                }
+                if self.io.pending() || insn.is_some() {
+                    self.end_replay();
+                }
+                if f.vector == vector::BP && self.guest_debug.software_breakpoints {
+                    self.state.set_rip(rip);
+                    let (dr6, dr7) = (self.state.dr6, self.state.dr7);
+                    return Err(Exit::Debug {
+                        vector: vector::BP,
+                        dr6,
+                        dr7,
+                    });
+                }
+                self.queue_fault(f);
+                Ok(())
+            }
+            Stop::Exit => {
+                self.state.set_rip(rip);
+                if let Some(insn) = insn {
+                    self.set_replay(insn);
+                }
+                Err(self.exit.take().unwrap_or(Exit::Request))
+            }
+            Stop::Unimplemented => {
+                self.state.set_rip(rip);
+                let (bytes, len) = self.instruction_bytes(rip);
+                Err(Exit::InternalError(InternalError::Emulation {
+                    rip,
+                    bytes,
+                    len: len as u8,
+                }))
+            }
+        }
+    }
+
+    /// The block at RIP, checked; `None` if the instruction there must be executed alone (it
+    /// crosses a page or the code segment's limit).
+    #[inline]
+    fn block_at(&mut self, rip: u64) -> Result<Option<BlockId>, Stop> {
+        let code = self.memory.pages().code_epoch();
+        if let Some(id) = self.blocks.jump(rip, code) {
+            return Ok(Some(id));
+        }
+        self.block_slow(rip, code)
+    }
+
+    #[inline(never)]
+    fn block_slow(&mut self, rip: u64, code: u64) -> Result<Option<BlockId>, Stop> {
+        let linear = self.code_linear(rip, 1)?;
+        let Fetched::Ram(page) = self.fetch_page(linear)? else {
+            return Ok(None);
+        };
+        let offset = (linear % PAGE) as usize;
+        let host = page.0 + offset as u64;
+        let id = match self.blocks.find(host, self.mode) {
+            Some(id) if self.check_block(id, page, offset) => id,
+            found => match self.build_block(page, offset)? {
+                Some(block) => {
+                    self.counters.decoded += 1;
+                    self.counters.redecoded += u64::from(found.is_some());
+                    self.blocks.insert(block, self.mode)
+                }
+                None => return Ok(None),
+            },
+        };
+        // The limit is not in the key, so it is checked for each entry by this path.
+        let len = self.blocks.get(id).map_or(0, |b| b.bytes.len());
+        let checked = self.mode.code64() || self.mode.flat();
+        if !checked && !self.within_code_limit(rip, len) {
+            return Ok(None);
+        }
+        if checked && self.state.cr0 & crate::state::cr0::PG != 0 {
+            self.blocks.remember(rip, code, id);
+        }
+        Ok(Some(id))
+    }
+
+    fn within_code_limit(&self, rip: u64, len: usize) -> bool {
+        let last = rip.wrapping_add(len as u64).wrapping_sub(1);
+        self.mode.code64() || last <= u64::from(self.state.seg[usize::from(seg::CS)].limit)
+    }
+
+    /// Linear address of code bytes; #GP(0) beyond the limit.
+    fn code_linear(&mut self, rip: u64, len: usize) -> Result<u64, Stop> {
+        if self.mode.code64() {
+            return Ok(rip);
+        }
+        if !self.within_code_limit(rip, len) {
+            return Err(self.gp0());
+        }
+        let linear = self.state.seg[usize::from(seg::CS)].base.wrapping_add(rip);
+        Ok(linear & 0xffff_ffff)
+    }
+
+    /// Whether a block's bytes are still in memory.
+    fn check_block(&mut self, id: BlockId, page: HostPage, offset: usize) -> bool {
+        let Some(record) = self.memory.pages().get(page.0) else {
+            return false;
+        };
+        let generation = record.generation();
+        let Some(block) = self.blocks.get(id) else {
+            return false;
+        };
+        let len = block.bytes.len();
+        if record.mark_code(offset, len) {
+            self.protect_code_page(page);
+        }
+        let Some(block) = self.blocks.get(id) else {
+            return false;
+        };
+        if !page.matches(offset, &block.bytes) {
+            return false;
+        }
+        block.generation = generation;
+        true
+    }
+
+    /// A page got its first code: no processor may keep a fast write entry for it.
+    fn protect_code_page(&mut self, page: HostPage) {
+        self.tlb.protect_host_page(page.0);
+        self.memory
+            .clone()
+            .synchronise(requests::TLB_FLUSH, Some(&self.participant.clone()));
+    }
+
+    fn build_block(&mut self, page: HostPage, offset: usize) -> Result<Option<Block>, Stop> {
+        let Some(record) = self.memory.pages().get(page.0) else {
+            return Ok(None);
+        };
+        let generation = record.generation();
+        let mut bytes = [0; MAX_INSNS * MAX_INSN_LEN];
+        let want = bytes.len().min(PAGE as usize - offset);
+        if record.mark_code(offset, want) {
+            self.protect_code_page(page);
+        }
+        let have = page.read(offset, &mut bytes[..want]);
+        let mut insns = Vec::with_capacity(8);
+        let mut at = 0;
+        while insns.len() < MAX_INSNS {
+            match decode::decode(&bytes[at..have], self.mode) {
+                Ok(insn) => {
+                    at += usize::from(insn.len);
+                    let ends = insn.ends_block;
+                    insns.push(insn);
+                    if ends {
+                        break;
+                    }
+                }
+                Err(_) => break,
+            }
+        }
+        if insns.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Block {
+            insns: insns.into_boxed_slice(),
+            bytes: bytes[..at].into(),
+            host: page.0 + offset as u64,
+            generation,
+        }))
+    }
+
+    /// Fetches and decodes the instruction at RIP without the cache; the inner error is a fault of
+    /// its bytes, the outer one of fetching them.
+    fn fetch(&mut self) -> Result<Result<Insn, Stop>, Stop> {
+        let rip = self.state.rip();
+        let linear = self.code_linear(rip, 1)?;
+        let mut bytes = [0; MAX_INSN_LEN];
+        let Fetched::Ram(page) = self.fetch_page(linear)? else {
+            return Ok(Err(Stop::Unimplemented));
+        };
+        let mut have = page.read((linear % PAGE) as usize, &mut bytes);
+        loop {
+            match decode::decode(&bytes[..have], self.mode) {
+                Ok(insn) => {
+                    self.code_linear(rip, insn.len.into())?;
+                    return Ok(Ok(insn));
+                }
+                Err(DecodeError::Incomplete) if have < MAX_INSN_LEN => {
+                    let next = self.code_linear(rip.wrapping_add(have as u64), 1)?;
+                    let Fetched::Ram(page) = self.fetch_page(next)? else {
+                        return Ok(Err(Stop::Unimplemented));
+                    };
+                    have += page.read((next % PAGE) as usize, &mut bytes[have..]);
+                }
+                Err(DecodeError::TooLong | DecodeError::Incomplete) => return Ok(Err(self.gp0())),
+                Err(DecodeError::Invalid) => return Ok(Err(self.ud())),
+                Err(DecodeError::Unimplemented(_)) => return Ok(Err(Stop::Unimplemented)),
+            }
+        }
+    }
+
+    /// The bytes at RIP, as many as can be read without a fault, for reports.
+    pub(crate) fn instruction_bytes(&mut self, rip: u64) -> ([u8; MAX_INSN_LEN], usize) {
+        let mut bytes = [0; MAX_INSN_LEN];
+        let mut have = 0;
+        while have < MAX_INSN_LEN {
+            let Ok(linear) = self.code_linear(rip.wrapping_add(have as u64), 1) else {
+                break;
+            };
+            let Ok(Fetched::Ram(page)) = self.fetch_page(linear) else {
+                break;
+            };
+            have += page.read((linear % PAGE) as usize, &mut bytes[have..]);
+        }
+        (bytes, have)
+    }
+}

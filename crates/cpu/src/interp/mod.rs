@@ -1,0 +1,25 @@
+//! The interpreter: one file per instruction family.
+//!
+//! A family's `select` looks at a decoded instruction and names the function that executes it, or
+//! says that the instruction is not of that family. Native assist is the last: it takes every
+//! user-mode instruction that no family has.
+
+mod io;
+
+use crate::cpu::Cpu;
+use crate::decode::{Handler, Insn};
+use crate::exit::Stop;
+use crate::mode::Mode;
+
+/// The families, in the order they are asked.
+const FAMILIES: [fn(&Insn, Mode) -> Option<Handler>; 1] = [io::select];
+
+/// The function that executes an instruction; `None` if none does.
+pub fn select(insn: &Insn, mode: Mode) -> Option<Handler> {
+    FAMILIES.iter().find_map(|select| select(insn, mode))
+}
+
+/// The handler of an instruction that has none.
+pub fn undefined(_: &mut Cpu, _: &Insn) -> Result<(), Stop> {
+    Err(Stop::Unimplemented)
+}

@@ -1,0 +1,69 @@
+//! What the processor needs from the rest of the computer.
+//!
+//! One [`Machine`] belongs to one processor. Its methods are called on the processor's own thread
+//! and must not call back into the [`crate::Cpu`]; whatever they want of it later they put into its
+//! [`crate::Requests`].
+
+use crate::exit::Exit;
+use crate::state::CpuState;
+
+/// Outcome of an MSR access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MsrResult<T> {
+    /// Done.
+    Done(T),
+    /// #GP(0).
+    Fault,
+    /// The user of the API must see it: `KVM_MSR_EXIT_REASON_*`.
+    UserSpace(u32),
+}
+
+/// What a hypercall does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hypercall {
+    /// RAX becomes this value.
+    Done(u64),
+    /// User space completes it.
+    Exit(Exit),
+}
+
+/// Ports, device memory, the interrupt controller and the clock, as one processor sees them.
+pub trait Machine: Send + Sync {
+    /// An IN of `data.len()` bytes; false if no device here has that port.
+    fn pio_read(&self, port: u16, data: &mut [u8]) -> bool;
+    /// An OUT; false if no device here has that port.
+    fn pio_write(&self, port: u16, data: &[u8]) -> bool;
+    /// A load of 1 to 8 bytes outside RAM; false if no device here has that address.
+    fn mmio_read(&self, state: &CpuState, gpa: u64, data: &mut [u8]) -> bool;
+    /// A store of 1 to 8 bytes outside RAM; false if no device here has that address.
+    fn mmio_write(&self, state: &CpuState, gpa: u64, data: &[u8]) -> bool;
+
+    /// Whether an external interrupt could be taken now (RFLAGS.IF and the shadow apart).
+    fn interrupt_pending(&self) -> bool;
+    /// Takes the vector of that interrupt (interrupt acknowledge).
+    fn acknowledge_interrupt(&self) -> Option<u8>;
+    /// Whether the caller of the API asked to be told when an interrupt could be injected
+    /// (`request_interrupt_window`).
+    fn wants_interrupt_window(&self) -> bool;
+    /// CR8 (the task priority, 0-15).
+    fn read_cr8(&self) -> u64;
+    /// Sets CR8; true if user space must see it (KVM_EXIT_SET_TPR).
+    fn write_cr8(&self, value: u64) -> bool;
+
+    /// RDMSR of an MSR the processor does not keep itself.
+    fn read_msr(&self, state: &CpuState, index: u32) -> MsrResult<u64>;
+    /// WRMSR of an MSR the processor does not keep itself.
+    fn write_msr(&self, state: &mut CpuState, index: u32, value: u64) -> MsrResult<()>;
+    /// Whether guest access to the MSR is allowed at all (KVM_X86_SET_MSR_FILTER).
+    fn msr_filter(&self, index: u32, write: bool) -> MsrResult<()>;
+
+    /// VMCALL or VMMCALL: number and arguments as KVM passes them.
+    fn hypercall(&self, state: &mut CpuState, nr: u64, args: [u64; 5]) -> Hypercall;
+
+    /// The EOI of a vector the VMM's IOAPIC must hear about, if one happened since the last call.
+    fn take_ioapic_eoi(&self) -> Option<u8>;
+
+    /// Takes NMI/SMI that arrived from other threads into the event state; called when
+    /// [`crate::requests::EVENT`] was set.
+    fn collect_events(&self, state: &mut CpuState);
+}

@@ -1,0 +1,65 @@
+//! Faults on guest RAM: the VMM unmapped memory that a slot still names (or a file behind it was
+//! truncated).
+//!
+//! The process's SIGSEGV/SIGBUS handler passes the faulting instruction's address to [`handle`]. If it is
+//! one of [`super::access`]'s, the handler resumes behind it and the processor that ran on this
+//! thread stops with [`crate::Exit::BadMemory`] at the next block boundary.
+
+use crate::requests::Requests;
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+thread_local! {
+    // What the handler marks; const-initialised and without a destructor, so that the handler's
+    // access neither allocates nor registers anything.
+    static CURRENT: Cell<*const Guard> = const { Cell::new(std::ptr::null()) };
+}
+
+#[derive(Debug)]
+struct Guard {
+    requests: *const Requests,
+    faulted: AtomicBool,
+}
+
+/// Runs `f` with faults on this thread reported to `requests`; returns whether there was one.
+pub(crate) fn watch<R>(requests: &Requests, f: impl FnOnce() -> R) -> (R, bool) {
+    let guard = Guard {
+        requests,
+        faulted: AtomicBool::new(false),
+    };
+    let outer = CURRENT.replace(&guard);
+    let r = f();
+    CURRENT.set(outer);
+    (r, guard.faulted.load(Ordering::Relaxed))
+}
+
+unsafe extern "C" {
+    #[link_name = "__start_anykvm_extable"]
+    static TABLE_START: [i32; 2];
+    #[link_name = "__stop_anykvm_extable"]
+    static TABLE_END: [i32; 2];
+}
+
+/// Looks the faulting instruction up; returns where to resume. Async-signal-safe.
+pub fn handle(rip: u64) -> Option<u64> {
+    let mut entry = &raw const TABLE_START;
+    let end = &raw const TABLE_END;
+    while entry < end {
+        // SAFETY: between the linker's start and stop symbols the section is an array of such pairs.
+        let [offset, len] = unsafe { *entry };
+        let address = (entry as u64).wrapping_add_signed(offset.into());
+        if address == rip {
+            let guard = CURRENT.get();
+            if !guard.is_null() {
+                // SAFETY: `watch` keeps the guard and the requests alive while CURRENT points to it.
+                unsafe {
+                    (*guard).faulted.store(true, Ordering::Relaxed);
+                    (*(*guard).requests).set(crate::requests::KICK);
+                }
+            }
+            return Some(rip + len as u64);
+        }
+        entry = entry.wrapping_add(1);
+    }
+    None
+}

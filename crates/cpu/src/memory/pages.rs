@@ -1,0 +1,131 @@
+//! What is known of each host page that holds guest RAM: whether decoded (or translated) code was
+//! made from it, where, and how often that code was overwritten.
+//!
+//! Records are keyed by host page, so that guest-physical aliases of one page share one record. A
+//! page with code has no fast write entry in any TLB; stores to it come through [`HostPages::stored`],
+//! which bumps the page's generation when they hit code. Blocks remember the generation they were
+//! checked at.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+const LEAF_BITS: u32 = 11;
+const MID_BITS: u32 = 12;
+const ROOT_BITS: u32 = 12;
+
+/// The record of one page.
+#[derive(Debug, Default)]
+pub struct PageRecord {
+    /// One bit for each 64 bytes that code was made from.
+    code: AtomicU64,
+    /// Incremented when a store hits code.
+    generation: AtomicU32,
+}
+
+impl PageRecord {
+    /// Current generation.
+    #[inline(always)]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+    /// Whether code was made from the page (it must have no fast write entry).
+    #[inline(always)]
+    pub fn has_code(&self) -> bool {
+        self.code.load(Ordering::SeqCst) != 0
+    }
+    /// Notes that code is about to be made from these bytes. True if the page had none before: then
+    /// every processor's fast write entries for it must go before the bytes are read.
+    pub fn mark_code(&self, offset: usize, len: usize) -> bool {
+        let bits = granules(offset, len);
+        if self.code.load(Ordering::SeqCst) & bits == bits {
+            return false;
+        }
+        self.code.fetch_or(bits, Ordering::SeqCst) == 0
+    }
+    /// Notes a store. True if it hit code (which is then no longer marked).
+    fn store(&self, offset: usize, len: usize) -> bool {
+        let code = self.code.load(Ordering::SeqCst);
+        if code & granules(offset, len) == 0 {
+            return false;
+        }
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.code.store(0, Ordering::SeqCst);
+        true
+    }
+}
+
+fn granules(offset: usize, len: usize) -> u64 {
+    let first = (offset & 4095) / 64;
+    let last = ((offset & 4095) + len.max(1) - 1).min(4095) / 64;
+    (u64::MAX >> (63 - (last - first))) << first
+}
+
+type Leaf = Box<[PageRecord]>;
+type Mid = Box<[OnceLock<Leaf>]>;
+
+/// Records of all pages under a VM's slots: a radix tree by host page number, grown when a slot is
+/// added, read without locks.
+#[derive(Debug)]
+pub struct HostPages {
+    root: Box<[OnceLock<Mid>]>,
+    /// Incremented by every store that hits code, on any page.
+    epoch: AtomicU64,
+}
+
+impl Default for HostPages {
+    fn default() -> Self {
+        Self {
+            root: (0..1 << ROOT_BITS).map(|_| OnceLock::new()).collect(),
+            epoch: AtomicU64::new(0),
+        }
+    }
+}
+
+fn split(host: u64) -> (usize, usize, usize) {
+    let n = host >> 12;
+    (
+        (n >> (LEAF_BITS + MID_BITS)) as usize & ((1 << ROOT_BITS) - 1),
+        (n >> LEAF_BITS) as usize & ((1 << MID_BITS) - 1),
+        n as usize & ((1 << LEAF_BITS) - 1),
+    )
+}
+
+impl HostPages {
+    /// Makes records for a range.
+    pub fn cover(&self, host: u64, size: u64) {
+        let step = 1u64 << (12 + LEAF_BITS);
+        let mut at = host & !(step - 1);
+        while at < host.saturating_add(size) {
+            let (r, m, _) = split(at);
+            let mid =
+                self.root[r].get_or_init(|| (0..1 << MID_BITS).map(|_| OnceLock::new()).collect());
+            mid[m].get_or_init(|| (0..1 << LEAF_BITS).map(|_| PageRecord::default()).collect());
+            at += step;
+        }
+    }
+    /// The record of the page that holds this host address.
+    #[inline]
+    pub fn get(&self, host: u64) -> Option<&PageRecord> {
+        let (r, m, l) = split(host);
+        self.root.get(r)?.get()?.get(m)?.get()?.get(l)
+    }
+    /// Notes a store of `len` bytes inside one page. True if it hit code.
+    #[inline]
+    pub fn stored(&self, host: u64, len: usize) -> bool {
+        // The store must be visible before the record is looked at: a processor that marks the page
+        // and then reads its bytes sees either the store's data or its generation.
+        fence(Ordering::SeqCst);
+        let hit = self
+            .get(host)
+            .is_some_and(|p| p.has_code() && p.store((host & 4095) as usize, len));
+        if hit {
+            self.epoch.fetch_add(1, Ordering::SeqCst);
+        }
+        hit
+    }
+    /// Changes whenever a store has hit code on any page.
+    #[inline(always)]
+    pub fn code_epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+}

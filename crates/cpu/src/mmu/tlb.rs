@@ -1,0 +1,331 @@
+//! The software TLB.
+//!
+//! Level 1 is direct-mapped and what every access looks at: an entry is good for a read (write) if
+//! its read (write) tag equals the page of the access's last byte with the current address-space
+//! number in the low bits, and then `addend + linear address` is the host address. Because the entry
+//! is chosen by the first byte's page and compared with the last byte's, an access that crosses a
+//! page never hits. There is one set of entries for each privilege an access can have ([`Set`]).
+//!
+//! Level 2 remembers what page walks found (4 KiB pieces of larger pages too), so that a level-1
+//! miss rarely walks.
+//!
+//! Address spaces are told apart by a small number (ASN) given out for each PCID; a CR3 load that
+//! flushes takes a fresh number instead of clearing anything. Number [`GLOBAL`] marks global pages
+//! in level 2.
+
+use super::Page;
+
+/// Entries of one level-1 set.
+const L1: usize = 1024;
+/// Entries of level 2.
+const L2: usize = 8192;
+/// Entries for instruction fetch.
+const EXEC: usize = 256;
+/// A tag nothing compares equal to.
+const INVALID: u64 = u64::MAX;
+/// The number of global pages.
+const GLOBAL: u64 = 0xffe;
+/// The largest ordinary number.
+const LAST_ASN: u64 = 0xffd;
+
+/// Which level-1 entries an access uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Set {
+    /// CPL 0-2 without RFLAGS.AC, and implicit supervisor accesses.
+    #[default]
+    Supervisor = 0,
+    /// CPL 3.
+    User = 1,
+    /// CPL 0-2 with RFLAGS.AC and CR4.SMAP: user pages are accessible.
+    SupervisorAc = 2,
+    /// Every access takes the slow path (alignment checking is on): never filled.
+    Slow = 3,
+}
+
+/// One level-1 entry.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+pub struct Entry {
+    read: u64,
+    write: u64,
+    addend: u64,
+    reserved: u64,
+}
+
+const EMPTY: Entry = Entry {
+    read: INVALID,
+    write: INVALID,
+    addend: 0,
+    reserved: 0,
+};
+
+/// One instruction-fetch entry.
+#[derive(Clone, Copy, Debug)]
+struct ExecEntry {
+    tag: u64,
+    host: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Walked {
+    tag: u64,
+    page: Page,
+}
+
+/// The TLB of one processor.
+#[derive(Debug)]
+pub struct Tlb {
+    l1: Box<[[Entry; L1]; 4]>,
+    l2: Box<[Walked]>,
+    exec: Box<[[ExecEntry; EXEC]; 2]>,
+    /// Current set for data accesses of the running code.
+    pub set: Set,
+    asn: u64,
+    next_asn: u64,
+    by_pcid: Box<[u16; 4096]>,
+    /// Bloom filters of 2 MiB and 1 GiB regions that hold pieces of large pages.
+    large: [u64; 64],
+    huge: [u64; 4],
+    /// Counts refills from level 2 and walks, for the statistics.
+    pub l2_hits: u64,
+    /// See `l2_hits`.
+    pub walks: u64,
+}
+
+impl Default for Tlb {
+    fn default() -> Self {
+        let mut by_pcid = Box::new([0; 4096]);
+        by_pcid[0] = 1;
+        Self {
+            l1: Box::new([[EMPTY; L1]; 4]),
+            l2: vec![
+                Walked {
+                    tag: INVALID,
+                    page: Page::default()
+                };
+                L2
+            ]
+            .into_boxed_slice(),
+            exec: Box::new(
+                [[ExecEntry {
+                    tag: INVALID,
+                    host: 0,
+                }; EXEC]; 2],
+            ),
+            set: Set::default(),
+            asn: 1,
+            next_asn: 2,
+            by_pcid,
+            large: [0; 64],
+            huge: [0; 4],
+            l2_hits: 0,
+            walks: 0,
+        }
+    }
+}
+
+fn index(linear: u64, size: usize) -> usize {
+    (linear >> 12) as usize & (size - 1)
+}
+
+fn page_of(linear: u64) -> u64 {
+    linear & !0xfff
+}
+
+impl Tlb {
+    /// The host address of a read of `size` bytes, if the entry is there.
+    #[inline(always)]
+    pub fn read(&self, set: Set, linear: u64, size: usize) -> Option<u64> {
+        let e = &self.l1[set as usize][index(linear, L1)];
+        let last = linear.wrapping_add(size as u64 - 1);
+        (e.read == page_of(last) | self.asn).then(|| linear.wrapping_add(e.addend))
+    }
+    /// The host address of a write of `size` bytes (which may also be read), if the entry is there.
+    #[inline(always)]
+    pub fn write(&self, set: Set, linear: u64, size: usize) -> Option<u64> {
+        let e = &self.l1[set as usize][index(linear, L1)];
+        let last = linear.wrapping_add(size as u64 - 1);
+        (e.write == page_of(last) | self.asn).then(|| linear.wrapping_add(e.addend))
+    }
+    /// Fills a level-1 entry with a page's host address for reads and, if allowed, writes.
+    pub fn fill(&mut self, set: Set, linear: u64, host_page: u64, read: bool, write: bool) {
+        let page = page_of(linear);
+        let tag = page | self.asn;
+        let e = &mut self.l1[set as usize][index(linear, L1)];
+        *e = Entry {
+            read: if read { tag } else { INVALID },
+            write: if write { tag } else { INVALID },
+            addend: host_page.wrapping_sub(page),
+            reserved: 0,
+        };
+    }
+    /// The host page that instructions are fetched from, if known.
+    #[inline(always)]
+    pub fn exec(&self, user: bool, linear: u64) -> Option<u64> {
+        let e = &self.exec[usize::from(user)][index(linear, EXEC)];
+        (e.tag == page_of(linear) | self.asn).then_some(e.host)
+    }
+    /// Fills an instruction-fetch entry.
+    pub fn fill_exec(&mut self, user: bool, linear: u64, host_page: u64) {
+        let tag = page_of(linear) | self.asn;
+        self.exec[usize::from(user)][index(linear, EXEC)] = ExecEntry {
+            tag,
+            host: host_page,
+        };
+    }
+    /// What a walk found for this page earlier.
+    pub fn walked(&mut self, linear: u64) -> Option<Page> {
+        let w = &self.l2[index(linear, L2)];
+        let page = page_of(linear);
+        if w.tag == page | self.asn || w.tag == page | GLOBAL {
+            self.l2_hits += 1;
+            return Some(w.page);
+        }
+        None
+    }
+    /// Remembers a walk.
+    pub fn remember(&mut self, linear: u64, page: Page) {
+        self.walks += 1;
+        let asn = if page.global { GLOBAL } else { self.asn };
+        if page.shift > 12 {
+            bloom_set(&mut self.large, linear >> 21);
+            if page.shift > 22 {
+                bloom_set(&mut self.huge, linear >> 30);
+            }
+        }
+        self.l2[index(linear, L2)] = Walked {
+            tag: page_of(linear) | asn,
+            page,
+        };
+    }
+    /// The number of the current address space: part of every tag.
+    pub fn asn(&self) -> u64 {
+        self.asn
+    }
+
+    /// Drops everything, global pages too.
+    pub fn flush_all(&mut self) {
+        self.flush_l1();
+        self.l2.fill(Walked {
+            tag: INVALID,
+            page: Page::default(),
+        });
+        self.large = [0; 64];
+        self.huge = [0; 4];
+        self.by_pcid.fill(0);
+        self.asn = 1;
+        self.next_asn = 2;
+    }
+    /// Drops level 1 and the instruction entries: rights must be looked up again.
+    pub fn flush_l1(&mut self) {
+        for set in self.l1.iter_mut() {
+            set.fill(EMPTY);
+        }
+        for set in self.exec.iter_mut() {
+            set.fill(ExecEntry {
+                tag: INVALID,
+                host: 0,
+            });
+        }
+    }
+    /// Makes an address space current (MOV to CR3). `keep`: what was cached for it stays good.
+    pub fn switch(&mut self, pcid: u16, keep: bool) {
+        let slot = usize::from(pcid & 0xfff);
+        if keep && self.by_pcid[slot] != 0 {
+            self.asn = self.by_pcid[slot].into();
+            return;
+        }
+        self.asn = self.fresh();
+        self.by_pcid[slot] = self.asn as u16;
+    }
+    /// Drops what is cached for an address space, except global pages (INVPCID type 1).
+    pub fn flush_pcid(&mut self, pcid: u16, current: bool) {
+        if current {
+            self.switch(pcid, false);
+        } else {
+            self.by_pcid[usize::from(pcid & 0xfff)] = 0;
+        }
+    }
+    /// Drops everything but global pages (INVPCID type 3).
+    pub fn flush_non_global(&mut self, current_pcid: u16) {
+        self.by_pcid.fill(0);
+        self.switch(current_pcid, false);
+    }
+    fn fresh(&mut self) -> u64 {
+        if self.next_asn > LAST_ASN {
+            self.flush_all();
+        }
+        let n = self.next_asn;
+        self.next_asn += 1;
+        n
+    }
+    /// INVLPG: drops one page, in every address space (allowed; SDM Vol. 3, 4.10.4.1), with all
+    /// pieces if it may be part of a large page.
+    pub fn invalidate(&mut self, linear: u64) {
+        if bloom_has(&self.huge, linear >> 30) {
+            self.flush_all_keeping_spaces();
+        } else if bloom_has(&self.large, linear >> 21) {
+            // 4 MiB pages (32-bit paging) are two such regions.
+            let first = linear & !((1 << 22) - 1);
+            for i in 0..1024u64 {
+                self.invalidate_piece(first.wrapping_add(i << 12));
+            }
+        } else {
+            self.invalidate_piece(linear);
+        }
+    }
+    fn flush_all_keeping_spaces(&mut self) {
+        self.flush_l1();
+        self.l2.fill(Walked {
+            tag: INVALID,
+            page: Page::default(),
+        });
+        self.large = [0; 64];
+        self.huge = [0; 4];
+    }
+    fn invalidate_piece(&mut self, linear: u64) {
+        let page = page_of(linear);
+        for set in self.l1.iter_mut() {
+            let e = &mut set[index(linear, L1)];
+            if page_of(e.read) == page || page_of(e.write) == page {
+                *e = EMPTY;
+            }
+        }
+        for set in self.exec.iter_mut() {
+            let e = &mut set[index(linear, EXEC)];
+            if page_of(e.tag) == page {
+                e.tag = INVALID;
+            }
+        }
+        let w = &mut self.l2[index(linear, L2)];
+        if page_of(w.tag) == page {
+            w.tag = INVALID;
+        }
+    }
+    /// Drops the fast write entries of a host page, under every linear address: it now holds code.
+    pub fn protect_host_page(&mut self, host_page: u64) {
+        for set in self.l1[..3].iter_mut() {
+            for e in set.iter_mut() {
+                if e.write != INVALID && page_of(e.write).wrapping_add(e.addend) == host_page {
+                    e.write = INVALID;
+                }
+            }
+        }
+    }
+}
+
+fn bloom_bit(words: usize, n: u64) -> (usize, u64) {
+    let h = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    ((h >> 6) as usize % words, 1 << (h & 63))
+}
+
+fn bloom_set(f: &mut [u64], n: u64) {
+    let (w, b) = bloom_bit(f.len(), n);
+    f[w] |= b;
+}
+
+fn bloom_has(f: &[u64], n: u64) -> bool {
+    let (w, b) = bloom_bit(f.len(), n);
+    f[w] & b != 0
+}
