@@ -172,8 +172,7 @@ impl Cpu {
     pub(crate) fn reload_address_space(&mut self) {
         let space = usize::from(self.state.events.smm);
         self.map = self.memory.map(space);
-        self.tlb.flush_all();
-        self.blocks.forget_jumps();
+        self.flush_tlb();
     }
 
     /// Recomputes what is derived from segments, control registers, EFER and RFLAGS.VM/AC. Every

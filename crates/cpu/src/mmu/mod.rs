@@ -3,6 +3,7 @@
 //! The fast path is a hit in the TLB's level 1 ([`tlb`]); everything else — misses, page crossings,
 //! MMIO, read-only and dirty-logged slots, pages with code, watched pages — is [`slow`]'s work.
 
+mod flush;
 mod operand;
 pub(crate) mod slow;
 pub mod tlb;
@@ -113,8 +114,12 @@ impl Cpu {
     /// The page of an access: from level 2 of the TLB or a walk.
     pub(crate) fn translate(&mut self, linear: u64, access: Access) -> Result<Page, Stop> {
         let paging = self.state.cr0 & cr0::PG != 0;
-        if paging
-            && let Some(page) = self.tlb.walked(linear)
+        let cached = if paging {
+            self.tlb.walked(linear)
+        } else {
+            None
+        };
+        if let Some(page) = cached
             && (page.dirty || !access.write)
             && self.check_rights(&page, access).is_ok()
         {
@@ -130,7 +135,9 @@ impl Cpu {
             Err(PageFault(mut code)) => {
                 // A fault drops what is cached for the page, so that a stale entry cannot keep it
                 // alive (SDM Vol. 3, 4.10.4.1).
-                self.tlb.invalidate(linear);
+                if cached.is_some() {
+                    self.flush_tlb_page(linear);
+                }
                 if access.write {
                     code |= PageFault::W;
                 }

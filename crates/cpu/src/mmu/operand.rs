@@ -298,8 +298,22 @@ fn in_limit(s: &Segment, offset: u64, size: usize) -> bool {
     }
 }
 
-/// An atomic read-modify-write as x86's LOCK makes it.
+/// Held while a locked access splits a cache line: a real split lock stops every core of the host
+/// for milliseconds, or is forbidden.
+static SPLIT_LOCK: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+/// An atomic read-modify-write as x86's LOCK makes it. One that splits a cache line is atomic only
+/// with respect to others like it.
+#[inline]
 fn locked_modify<T: Ram, R>(host: u64, mut f: impl FnMut(T) -> (T, R)) -> R {
+    if host % 64 + T::BYTES as u64 > 64 {
+        let _held = SPLIT_LOCK.lock();
+        // SAFETY: the host address comes from a TLB hit or `place`.
+        let (new, r) = f(unsafe { T::load(host) });
+        // SAFETY: as above.
+        unsafe { new.store(host) };
+        return r;
+    }
     // SAFETY (both): the host address comes from a TLB hit or `place`.
     let mut old = unsafe { T::load(host) };
     loop {

@@ -261,18 +261,21 @@ impl Tlb {
         n
     }
     /// INVLPG: drops one page, in every address space (allowed; SDM Vol. 3, 4.10.4.1), with all
-    /// pieces if it may be part of a large page.
-    pub fn invalidate(&mut self, linear: u64) {
+    /// pieces if it may be part of a large page; true if more than that one page went.
+    pub fn invalidate(&mut self, linear: u64) -> bool {
         if bloom_has(&self.huge, linear >> 30) {
             self.flush_all_keeping_spaces();
+            true
         } else if bloom_has(&self.large, linear >> 21) {
             // 4 MiB pages (32-bit paging) are two such regions.
             let first = linear & !((1 << 22) - 1);
             for i in 0..1024u64 {
                 self.invalidate_piece(first.wrapping_add(i << 12));
             }
+            true
         } else {
             self.invalidate_piece(linear);
+            false
         }
     }
     fn flush_all_keeping_spaces(&mut self) {

@@ -1,0 +1,63 @@
+//! What invalidates cached translations (SDM Vol. 3, 4.10.4): called by the instructions that do.
+//! Each also voids the jump-cache entries that rested on them.
+
+use crate::cpu::Cpu;
+use crate::state::cr4;
+
+impl Cpu {
+    /// The current PCID, 0 without CR4.PCIDE.
+    fn pcid(&self) -> u16 {
+        if self.state.cr4 & cr4::PCIDE != 0 {
+            (self.state.cr3 & 0xfff) as u16
+        } else {
+            0
+        }
+    }
+
+    /// MOV to CR3 has loaded `state.cr3`. `keep`: bit 63 of the source was set with CR4.PCIDE, so
+    /// what is cached for the PCID stays good.
+    pub(crate) fn address_space_changed(&mut self, keep: bool) {
+        self.tlb.switch(self.pcid(), keep);
+        self.blocks.set_mode(self.mode, self.tlb.asn());
+        self.leave_block();
+    }
+
+    /// Drops every translation, global ones too.
+    pub(crate) fn flush_tlb(&mut self) {
+        self.tlb.flush_all();
+        self.blocks.forget_jumps();
+        self.blocks.set_mode(self.mode, self.tlb.asn());
+        self.leave_block();
+    }
+
+    /// Drops every translation but global ones, in all address spaces.
+    pub(crate) fn flush_tlb_non_global(&mut self) {
+        self.tlb.flush_non_global(self.pcid());
+        self.blocks.set_mode(self.mode, self.tlb.asn());
+        self.leave_block();
+    }
+
+    /// Drops the translations of one PCID but global ones.
+    pub(crate) fn flush_tlb_pcid(&mut self, pcid: u16) {
+        self.tlb.flush_pcid(pcid, pcid == self.pcid());
+        self.blocks.set_mode(self.mode, self.tlb.asn());
+        self.leave_block();
+    }
+
+    /// INVLPG: drops the translations of one page, in every address space.
+    pub(crate) fn flush_tlb_page(&mut self, linear: u64) {
+        if self.tlb.invalidate(linear) {
+            self.blocks.forget_jumps();
+        } else {
+            self.blocks.forget_jumps_of_page(linear);
+        }
+        self.leave_block();
+    }
+
+    /// Access rights changed (PKRU, CR4.SMAP and the like): translations stay, fast entries go.
+    pub(crate) fn flush_tlb_rights(&mut self) {
+        self.tlb.flush_l1();
+        self.blocks.forget_jumps();
+        self.leave_block();
+    }
+}
