@@ -84,6 +84,8 @@ pub struct Cpu {
     pub(crate) debug_hits: u64,
     /// The current instruction is executed alone (TF, debugging): REP does one iteration.
     pub(crate) stepping: bool,
+    /// PAUSE instructions executed.
+    pub(crate) pauses: u32,
 }
 
 impl std::fmt::Debug for Cpu {
@@ -131,6 +133,7 @@ impl Cpu {
             prior_shadow: 0,
             debug_hits: 0,
             stepping: false,
+            pauses: 0,
         };
         cpu.update_mode();
         cpu

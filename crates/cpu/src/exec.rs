@@ -1,7 +1,5 @@
 //! The run loop: requests, events, blocks.
 
-use std::sync::Arc;
-
 use crate::block::{Block, BlockId, MAX_INSNS};
 use crate::cpu::Cpu;
 use crate::debug::{self, DR6_BS, Watch};
@@ -22,10 +20,6 @@ impl Cpu {
     pub fn run(&mut self, budget: u64) -> Exit {
         let requests = self.requests.clone();
         self.participant.enter();
-        // What was asked before entering counts: the memory map may be new.
-        if !Arc::ptr_eq(&self.map, &self.memory.map(self.state.events.smm.into())) {
-            self.requests.set(requests::MEMSLOTS);
-        }
         let (exit, faulted) = fault::watch(&requests, || match self.run_until_exit(budget) {
             Ok(()) => Exit::Budget,
             Err(exit) => exit,
@@ -79,6 +73,12 @@ impl Cpu {
             self.requests.take(requests::TLB_FLUSH | requests::MEMSLOTS);
             self.reload_address_space();
             self.update_mode();
+            self.participant.acknowledge(epoch);
+        }
+        if pending & requests::CODE_PAGE != 0 {
+            let epoch = self.memory.epoch();
+            self.requests.take(requests::CODE_PAGE);
+            self.tlb.flush_l1();
             self.participant.acknowledge(epoch);
         }
         if pending & requests::EVENT != 0 {
@@ -185,16 +185,32 @@ impl Cpu {
                 return self.debug_exception(bits, false);
             }
         }
-        let insn = match self.fetch() {
-            Ok(Ok(insn)) => insn,
-            Ok(Err(stop)) | Err(stop) => return self.instruction_stopped(stop, None, rip),
-        };
+        // The block's first instruction, if there is one, saves decoding again.
+        if let Ok(Some(id)) = self.block_at(rip)
+            && let Some(block) = self.blocks.get(id)
+        {
+            let insns = std::mem::take(&mut block.insns);
+            let result = insns
+                .first()
+                .map_or(Ok(()), |insn| self.step_instruction(insn, rip));
+            if let Some(block) = self.blocks.get(id) {
+                block.insns = insns;
+            }
+            return result;
+        }
+        match self.fetch() {
+            Ok(insn) => self.step_instruction(&insn, rip),
+            Err(stop) => self.instruction_stopped(stop, None, rip),
+        }
+    }
+
+    fn step_instruction(&mut self, insn: &Insn, rip: u64) -> Step {
         if let Some(mut trace) = self.trace.take() {
-            let keep = trace.instruction(self, &insn);
+            let keep = trace.instruction(self, insn);
             self.trace = keep.then_some(trace);
         }
         self.begin_alone();
-        self.execute_one(&insn, rip)
+        self.execute_one(insn, rip)
     }
 
     fn begin_alone(&mut self) {
@@ -468,7 +484,7 @@ impl Cpu {
         self.tlb.protect_host_page(page.0);
         self.memory
             .clone()
-            .synchronise(requests::TLB_FLUSH, Some(&self.participant.clone()));
+            .synchronise(requests::CODE_PAGE, Some(&self.participant.clone()));
     }
 
     fn build_block(&mut self, page: HostPage, offset: usize) -> Result<Option<Block>, Stop> {
@@ -508,32 +524,31 @@ impl Cpu {
         }))
     }
 
-    /// Fetches and decodes the instruction at RIP without the cache; the inner error is a fault of
-    /// its bytes, the outer one of fetching them.
-    fn fetch(&mut self) -> Result<Result<Insn, Stop>, Stop> {
+    /// Fetches and decodes the instruction at RIP without the cache.
+    fn fetch(&mut self) -> Result<Insn, Stop> {
         let rip = self.state.rip();
         let linear = self.code_linear(rip, 1)?;
         let mut bytes = [0; MAX_INSN_LEN];
         let Fetched::Ram(page) = self.fetch_page(linear)? else {
-            return Ok(Err(Stop::Unimplemented));
+            return Err(Stop::Unimplemented);
         };
         let mut have = page.read((linear % PAGE) as usize, &mut bytes);
         loop {
             match decode::decode(&bytes[..have], self.mode) {
                 Ok(insn) => {
                     self.code_linear(rip, insn.len.into())?;
-                    return Ok(Ok(insn));
+                    return Ok(insn);
                 }
                 Err(DecodeError::Incomplete) if have < MAX_INSN_LEN => {
                     let next = self.code_linear(rip.wrapping_add(have as u64), 1)?;
                     let Fetched::Ram(page) = self.fetch_page(next)? else {
-                        return Ok(Err(Stop::Unimplemented));
+                        return Err(Stop::Unimplemented);
                     };
                     have += page.read((next % PAGE) as usize, &mut bytes[have..]);
                 }
-                Err(DecodeError::TooLong | DecodeError::Incomplete) => return Ok(Err(self.gp0())),
-                Err(DecodeError::Invalid) => return Ok(Err(self.ud())),
-                Err(DecodeError::Unimplemented(_)) => return Ok(Err(Stop::Unimplemented)),
+                Err(DecodeError::TooLong | DecodeError::Incomplete) => return Err(self.gp0()),
+                Err(DecodeError::Invalid) => return Err(self.ud()),
+                Err(DecodeError::Unimplemented(_)) => return Err(Stop::Unimplemented),
             }
         }
     }

@@ -41,7 +41,7 @@ pub struct Io {
     /// Port data, packed: out items, or room for in items.
     pub data: Box<[u8; DATA_BYTES]>,
     /// The instruction to run again, and RIP when the exit was seen.
-    replay: Option<(Box<Insn>, u64)>,
+    replay: Option<(Insn, u64)>,
     answer: Option<Answer>,
     wanted: Option<Fragment>,
     reads: Vec<Fragment>,
@@ -107,14 +107,14 @@ impl Cpu {
 
     /// Remembers that `insn` runs again on re-entry.
     pub(crate) fn set_replay(&mut self, insn: &Insn) {
-        // Port I/O and the like needs no data from the caller to be complete.
-        self.io.replay = Some((Box::new(insn.clone()), self.state.rip()));
+        self.io.replay = Some((insn.clone(), self.state.rip()));
     }
     /// Takes the instruction to run again, unless RIP was moved meanwhile.
-    pub(crate) fn take_replay(&mut self) -> Option<Box<Insn>> {
+    pub(crate) fn take_replay(&mut self) -> Option<Insn> {
         let (insn, rip) = self.io.replay.take()?;
         self.io.cursor = 0;
         if rip == self.state.rip() {
+            // Port I/O needs no word from the caller to be complete: its data is in place.
             if self.io.answer.is_none() && self.io.wanted.is_none() && self.io.reads.is_empty() {
                 self.io.answer = Some(Answer::Done);
             }

@@ -17,6 +17,8 @@ pub const KICK: u32 = 1 << 3;
 pub const OWNER: u32 = 1 << 4;
 /// Let go of the processor for a moment (`KVM_REQ_UNBLOCK`-like pause; the owner waits).
 pub const PAUSE: u32 = 1 << 5;
+/// A page got its first code: drop fast write entries. Handled by the processor.
+pub const CODE_PAGE: u32 = 1 << 6;
 
 /// The bits that end [`crate::Cpu::run`].
 pub const EXITS: u32 = KICK | OWNER | PAUSE;
@@ -29,10 +31,12 @@ pub struct Requests {
 
 impl Requests {
     /// Sets bits; returns those that were set before.
+    #[inline]
     pub fn set(&self, bits: u32) -> u32 {
         self.bits.fetch_or(bits, Ordering::SeqCst)
     }
     /// Clears bits; returns those of them that were set.
+    #[inline]
     pub fn take(&self, bits: u32) -> u32 {
         self.bits.fetch_and(!bits, Ordering::SeqCst) & bits
     }

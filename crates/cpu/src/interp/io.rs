@@ -40,8 +40,14 @@ pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
     })
 }
 
-fn pause(_: &mut Cpu, _: &Insn) -> Result<(), Stop> {
-    std::hint::spin_loop();
+/// PAUSEs after which a spinning processor gives its core to another thread.
+const PAUSES_BEFORE_YIELD: u32 = 64;
+
+fn pause(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
+    cpu.pauses = cpu.pauses.wrapping_add(1);
+    if cpu.pauses.is_multiple_of(PAUSES_BEFORE_YIELD) {
+        std::thread::yield_now();
+    }
     Ok(())
 }
 

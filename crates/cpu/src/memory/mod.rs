@@ -227,6 +227,9 @@ impl GuestMemory {
             self.pages.cover(s.host, s.size);
         }
         self.maps[space & 1].store(Arc::new(map));
+        if let Some(me) = me {
+            me.requests.set(requests::MEMSLOTS);
+        }
         self.synchronise(requests::MEMSLOTS, me);
     }
 
