@@ -25,7 +25,7 @@ pub mod state;
 pub mod trace;
 pub mod width;
 
-pub use cpu::Cpu;
+pub use cpu::{Cpu, host_tsc};
 pub use decode::Insn;
 pub use exit::{Exit, Fault, Stop};
 pub use machine::Machine;

@@ -2,6 +2,7 @@
 //! KVM_SET_MEMORY_REGION, and `struct kvm_run` pages, which the VMM writes at any time.
 
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::AtomicU64;
 
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -69,6 +70,11 @@ impl Mapping {
     pub fn write<T: Plain>(&self, offset: usize, v: T) {
         // SAFETY: inside the mapping and aligned (checked).
         unsafe { self.pointer::<T>(offset).write_volatile(v) }
+    }
+    /// One naturally aligned counter that several threads here update; others only read it.
+    pub fn atomic(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: inside the mapping and aligned (checked); it lives as long as self.
+        unsafe { AtomicU64::from_ptr(self.pointer(offset)) }
     }
     /// Copies bytes out.
     pub fn read_bytes(&self, offset: usize, buf: &mut [u8]) {
