@@ -1,6 +1,9 @@
 //! The I/O APIC: an 82093AA (version 11H, 24 inputs) as KVM models it, with the EOI broadcast of the
 //! local APICs as its only way to be told of an EOI. Specified by the Intel 82093AA data sheet.
 
+#[cfg(test)]
+mod tests;
+
 use anykvm_abi::{
     KVM_IOAPIC_NUM_PINS, ioapic_redirtbl, kvm_ioapic_state, kvm_ioapic_state__bindgen_ty_1,
 };

@@ -3,6 +3,9 @@
 //! (PIIX) data sheet. Always cascaded, always 8086 mode; single mode and the level bit of ICW1 do not
 //! exist on a PC.
 
+#[cfg(test)]
+mod tests;
+
 use anykvm_abi::kvm_pic_state;
 
 /// The master's input that the slave drives.

@@ -5,6 +5,9 @@
 //! Counters are not stepped: each remembers when it was loaded, and what it reads as follows from the
 //! time since.
 
+#[cfg(test)]
+mod tests;
+
 use anykvm_abi::{
     KVM_PIT_FLAGS_HPET_LEGACY, KVM_PIT_FLAGS_SPEAKER_DATA_ON, kvm_pit_channel_state, kvm_pit_state2,
 };

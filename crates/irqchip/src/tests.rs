@@ -1,5 +1,4 @@
-//! A VM of local APICs with a clock that stands still, for the tests of all modules; and the tests of
-//! what takes several controllers.
+//! A VM of local APICs with a clock that stands still, for the tests of all modules.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -207,11 +206,5 @@ impl TestVm {
 
     pub fn outb(&self, port: u16, value: u8) {
         assert!(self.chip.pio_write(port, &[value]));
-    }
-
-    pub fn inb(&self, port: u16) -> u8 {
-        let mut byte = [0];
-        assert!(self.chip.pio_read(port, &mut byte));
-        byte[0]
     }
 }

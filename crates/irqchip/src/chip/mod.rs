@@ -6,6 +6,8 @@
 //! because what is told of them may drive a line again.
 
 mod access;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -349,8 +349,10 @@ impl Lapic {
 
     /// Writes a register that decides which messages are for this APIC.
     fn set_map_register(&self, offset: u32, value: u32) {
-        self.regs.set(offset, value);
-        self.map_changed();
+        if self.regs.get(offset) != value {
+            self.regs.set(offset, value);
+            self.map_changed();
+        }
     }
 
     fn map_changed(&self) {
