@@ -282,6 +282,9 @@ impl ApicBus {
                 }
                 if let Some((group, mut bits)) = map.logical_group(irq.dest) {
                     if irq.is_lowest_priority() {
+                        let absent = |bit: &usize| group[*bit].is_none();
+                        let absent = (0..group.len()).filter(absent);
+                        bits &= !absent.fold(0, |bits, bit| bits | 1 << bit);
                         bits = nth_bit(bits, irq.vector);
                     }
                     let members = group.iter().enumerate().filter(|(i, _)| bits >> i & 1 != 0);

@@ -22,7 +22,8 @@ pub trait VcpuEvents: Send + Sync {
     fn timer_armed(&self, deadline: Option<u64>);
     /// The current time.
     fn now_ns(&self) -> u64;
-    /// The time at which this vCPU's TSC reaches `guest_tsc` (now or earlier if it has).
+    /// The time at which this vCPU's TSC reaches `guest_tsc`, rounded up (now or earlier if it has):
+    /// a guest that is interrupted finds its deadline passed.
     fn tsc_to_ns(&self, guest_tsc: u64) -> u64;
 }
 

@@ -7,9 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use super::registers::{
-    LVT_MASKED, LvtEntry, TIMER_MODE_PERIODIC, TIMER_MODE_TSC_DEADLINE, offset,
-};
+use super::registers::{LvtEntry, TIMER_MODE_PERIODIC, TIMER_MODE_TSC_DEADLINE, offset};
 use super::{Lapic, VcpuEvents};
 use crate::sync::lock;
 
@@ -342,11 +340,6 @@ impl Lapic {
         timer.state.mode == TimerMode::OneShot
             && timer.state.period != 0
             && timer.state.armed.is_none()
-    }
-
-    /// Whether the timer interrupt is masked: a vCPU that halts need not wake for it.
-    pub fn timer_masked(&self) -> bool {
-        self.regs.get(offset::LVT_TIMER) & LVT_MASKED != 0
     }
 }
 

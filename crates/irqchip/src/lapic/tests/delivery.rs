@@ -86,6 +86,17 @@ fn xapic_destinations() {
 }
 
 #[test]
+fn lowest_priority_picks_among_those_that_are_there() {
+    let vm = TestVm::new(2);
+    vm.write(0, 0xd0, 1 << 24);
+    vm.write(1, 0xd0, 4 << 24);
+    for (vector, expected) in [(0x40, 0), (0x41, 1), (0x42, 0), (0x43, 1)] {
+        let icr = LOGICAL | LOWEST_PRIORITY | ASSERT | vector;
+        assert_eq!(send(&vm, 0, 0x3f, icr), [expected]);
+    }
+}
+
+#[test]
 fn mixed_models_and_shared_ids_are_asked_one_by_one() {
     let vm = TestVm::new(4);
     for (i, ldr, dfr) in [(0, 0x01, !0), (1, 0x02, !0), (2, 0x11, 0), (3, 0x12, 0)] {
