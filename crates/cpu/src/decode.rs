@@ -201,6 +201,15 @@ fn build(bytes: &[u8], raw: Instruction, mode: Mode) -> Result<Insn, DecodeError
                 insn.imm = raw.near_branch_target().wrapping_sub(len as u64);
                 255
             }
+            k @ (OpKind::MemorySegSI
+            | OpKind::MemorySegESI
+            | OpKind::MemorySegRSI
+            | OpKind::MemoryESDI
+            | OpKind::MemoryESEDI
+            | OpKind::MemoryESRDI) => {
+                string_operand(&mut insn, k, mode);
+                255
+            }
             k if is_immediate(k) => {
                 insn.imm = raw.immediate(i);
                 255
@@ -277,6 +286,23 @@ fn memory_operand(insn: &mut Insn, mode: Mode) {
         segment_number(raw.memory_segment()).unwrap_or(seg::DS),
         mode,
     );
+}
+
+/// An operand of a string instruction: handlers know its index register; `seg` is that of the
+/// operand at (R|E)SI, for the other one's is always ES.
+fn string_operand(insn: &mut Insn, kind: OpKind, mode: Mode) {
+    insn.addr_mask = match kind {
+        OpKind::MemorySegSI | OpKind::MemoryESDI => 0xffff,
+        OpKind::MemorySegESI | OpKind::MemoryESEDI => 0xffff_ffff,
+        _ => u64::MAX,
+    };
+    if matches!(
+        kind,
+        OpKind::MemorySegSI | OpKind::MemorySegESI | OpKind::MemorySegRSI
+    ) {
+        let n = segment_number(insn.raw.memory_segment()).unwrap_or(seg::DS);
+        insn.seg = segment_code(n, mode);
+    }
 }
 
 /// The address size of an instruction with an explicit memory operand.

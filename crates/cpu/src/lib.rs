@@ -20,6 +20,7 @@ pub mod machine;
 pub mod memory;
 pub mod mmu;
 pub mod mode;
+mod native;
 pub mod requests;
 pub mod state;
 pub mod trace;

@@ -4,7 +4,20 @@
 //! says that the instruction is not of that family. Native assist is the last: it takes every
 //! user-mode instruction that no family has.
 
+mod arith;
+mod bcd;
+mod bits;
+mod branch;
+mod condition;
+mod exchange;
+mod form;
 mod io;
+mod logic;
+mod mov;
+mod muldiv;
+mod shift;
+mod stack;
+mod string;
 
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
@@ -12,7 +25,20 @@ use crate::exit::Stop;
 use crate::mode::Mode;
 
 /// The families, in the order they are asked.
-const FAMILIES: [fn(&Insn, Mode) -> Option<Handler>; 1] = [io::select];
+const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
+    mov::select,
+    arith::select,
+    logic::select,
+    branch::select,
+    stack::select,
+    shift::select,
+    bits::select,
+    exchange::select,
+    muldiv::select,
+    string::select,
+    bcd::select,
+    io::select,
+];
 
 /// The function that executes an instruction; `None` if none does.
 pub fn select(insn: &Insn, mode: Mode) -> Option<Handler> {

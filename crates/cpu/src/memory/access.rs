@@ -24,6 +24,7 @@ macro_rules! guarded {
         )
     };
 }
+pub(super) use guarded;
 
 /// Sizes that one host instruction accesses.
 pub trait Ram: Width {
@@ -117,11 +118,12 @@ ram!(
 pub unsafe fn compare_exchange_16(at: u64, expected: u128, new: u128) -> (u128, bool) {
     let (mut lo, mut hi) = (expected as u64, (expected >> 64) as u64);
     let swapped: u8;
-    // SAFETY: RBX is saved around its use (the compiler reserves it); one locked 16-byte operand at
-    // an address the caller vouches for.
+    // SAFETY: RBX, which the compiler may keep to itself, is saved around its use (and so no operand
+    // is left to the compiler to place there); one locked 16-byte operand at an address the caller
+    // vouches for.
     unsafe {
-        asm!("xchg rbx, {b}", "cmp {b:e}, {b:e}", guarded!("lock cmpxchg16b [{p}]"), "sete {s}", "mov rbx, {b}",
-            b = inout(reg) new as u64 => _, s = out(reg_byte) swapped, p = in(reg) at,
+        asm!("xchg rbx, rsi", "cmp esi, esi", guarded!("lock cmpxchg16b [rdi]"), "sete r8b", "mov rbx, rsi",
+            inout("rsi") new as u64 => _, out("r8b") swapped, in("rdi") at,
             in("rcx") (new >> 64) as u64, inout("rax") lo, inout("rdx") hi, options(nostack))
     };
     (u128::from(hi) << 64 | u128::from(lo), swapped != 0)

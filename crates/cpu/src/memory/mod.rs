@@ -7,6 +7,7 @@
 //! This module and its children are the only place that touches guest RAM through raw pointers.
 
 pub mod access;
+pub(crate) mod elements;
 pub mod fault;
 pub mod mapping;
 pub mod pages;

@@ -9,7 +9,7 @@ use crate::decode::{Insn, SEG_CHECKED};
 use crate::events::vector;
 use crate::exit::Stop;
 use crate::memory::PAGE;
-use crate::memory::access::Ram;
+use crate::memory::access::{self, Ram};
 use crate::state::{Segment, seg};
 
 impl Cpu {
@@ -147,6 +147,41 @@ impl Cpu {
         let (new, r) = f(old);
         self.write_slow(linear, new, access, stack)?;
         Ok(r)
+    }
+
+    /// CMPXCHG16B's access: replaces the instruction's 16 bytes of memory by `new` if they are
+    /// `expected`, atomically; returns what they were. They must be aligned.
+    pub fn compare_exchange_16(
+        &mut self,
+        insn: &Insn,
+        expected: u128,
+        new: u128,
+    ) -> Result<u128, Stop> {
+        const BYTES: usize = 16;
+        let offset = self.effective_address(insn);
+        let linear = self.linear(insn.seg, offset, BYTES, true)?;
+        self.check_range(linear, BYTES, is_stack(insn.seg))?;
+        if !linear.is_multiple_of(BYTES as u64) {
+            return Err(self.gp0());
+        }
+        if let Some(host) = self.tlb.write(self.tlb.set, linear, BYTES) {
+            // SAFETY: a TLB hit is RAM of the map this processor holds.
+            return Ok(unsafe { access::compare_exchange_16(host, expected, new) }.0);
+        }
+        self.note_data(linear, BYTES, true);
+        let access = self.data_access(true);
+        if let Place::Ram { host } = self.place(linear, access)? {
+            // SAFETY: `place` found it in a slot of the map this processor holds.
+            let (old, _) = unsafe { access::compare_exchange_16(host, expected, new) };
+            self.stored(host, BYTES);
+            return Ok(old);
+        }
+        let mut bytes = [0; BYTES];
+        self.read_pieces(linear, &mut bytes, access)?;
+        let old = u128::from_le_bytes(bytes);
+        let value = if old == expected { new } else { old };
+        self.write_pieces(linear, &value.to_le_bytes(), access)?;
+        Ok(old)
     }
 
     /// Reads bytes at an offset through a segment code (vector operands, tables of operands).

@@ -1,0 +1,3 @@
+//! What runs on the host processor itself.
+
+pub mod alu;
