@@ -86,6 +86,8 @@ pub struct Cpu {
     pub(crate) stepping: bool,
     /// PAUSE instructions executed.
     pub(crate) pauses: u32,
+    /// Where native assist exchanges operands with the host's registers.
+    pub(crate) assist: crate::assist::Frame,
 }
 
 impl std::fmt::Debug for Cpu {
@@ -134,6 +136,7 @@ impl Cpu {
             debug_hits: 0,
             stepping: false,
             pauses: 0,
+            assist: crate::assist::Frame::default(),
         };
         cpu.update_mode();
         cpu

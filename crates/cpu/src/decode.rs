@@ -123,7 +123,7 @@ pub fn gpr_code(r: Register) -> Option<u8> {
     }
 }
 
-fn segment_number(r: Register) -> Option<u8> {
+pub(crate) fn segment_number(r: Register) -> Option<u8> {
     Some(match r {
         Register::ES => seg::ES,
         Register::CS => seg::CS,
@@ -223,7 +223,7 @@ fn build(bytes: &[u8], raw: Instruction, mode: Mode) -> Result<Insn, DecodeError
             _ => {}
         }
     }
-    match crate::interp::select(&insn, mode) {
+    match crate::interp::select(&mut insn, mode) {
         Some(handler) => {
             insn.handler = handler;
             Ok(insn)

@@ -5,6 +5,7 @@
 //! ([`memory::GuestMemory`]) and a [`Machine`] to run against, and [`Cpu::run`] returns an
 //! [`Exit`]. Section references are to the Intel SDM unless they say AMD APM.
 
+pub mod assist;
 pub mod block;
 mod control;
 mod cpu;

@@ -16,8 +16,12 @@ mod logic;
 mod mov;
 mod muldiv;
 mod shift;
+pub mod simd;
+mod simd_masked;
+mod simd_state;
 mod stack;
 mod string;
+mod x87;
 
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
@@ -38,11 +42,17 @@ const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
     string::select,
     bcd::select,
     io::select,
+    x87::select,
+    simd_state::select,
+    simd_masked::select,
 ];
 
 /// The function that executes an instruction; `None` if none does.
-pub fn select(insn: &Insn, mode: Mode) -> Option<Handler> {
-    FAMILIES.iter().find_map(|select| select(insn, mode))
+pub fn select(insn: &mut Insn, mode: Mode) -> Option<Handler> {
+    FAMILIES
+        .iter()
+        .find_map(|select| select(insn, mode))
+        .or_else(|| simd::select(insn))
 }
 
 /// The handler of an instruction that has none.

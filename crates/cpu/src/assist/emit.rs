@@ -1,0 +1,148 @@
+//! Machine code of a stub.
+//!
+//! ```text
+//! endbr64
+//! fnstcw [host_fcw]; stmxcsr [host_mxcsr]; fxrstor64 [x87]   x87 and MMX only
+//! stmxcsr [host_mxcsr]; ldmxcsr [mxcsr]                      SIMD floating point only
+//! movups / vmovups + vinsertf128                             the vector registers read
+//! mov                                                        the general registers used
+//! push [flags]; popfq                                        if it reads flags, or leaves some undefined
+//! THE INSTRUCTION                                            memory operand at [rdi]
+//! pushfq; pop [flags]
+//! mov, movups / vmovups                                      the registers written
+//! stmxcsr [mxcsr]; ldmxcsr [host_mxcsr]
+//! fxsave64 [x87]; fninit; fldcw [host_fcw]; ldmxcsr …
+//! vzeroupper; ret
+//! ```
+//!
+//! Only registers that the System V ABI lets a function clobber are used. x87 code runs with the
+//! guest's own exception masks: an unmasked exception becomes pending in the status word that
+//! FXSAVE stores, and FNINIT drops it before any waiting instruction of the host could see it.
+
+use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, Register};
+
+use super::frame::offset;
+use super::plan::{Class, FRAME, Plan};
+
+struct Emitter {
+    encoder: Encoder,
+}
+
+fn at(offset: i64) -> MemoryOperand {
+    MemoryOperand::with_base_displ(FRAME, offset)
+}
+
+impl Emitter {
+    fn put(&mut self, insn: &Instruction) -> Result<(), IcedError> {
+        self.encoder.encode(insn, 0).map(|_| ())
+    }
+    fn plain(&mut self, code: Code) -> Result<(), IcedError> {
+        self.put(&Instruction::with(code))
+    }
+    fn memory(&mut self, code: Code, offset: i64) -> Result<(), IcedError> {
+        self.put(&Instruction::with1(code, at(offset))?)
+    }
+    fn load(&mut self, code: Code, register: Register, offset: i64) -> Result<(), IcedError> {
+        self.put(&Instruction::with2(code, register, at(offset))?)
+    }
+    fn store(&mut self, code: Code, offset: i64, register: Register) -> Result<(), IcedError> {
+        self.put(&Instruction::with2(code, at(offset), register)?)
+    }
+
+    fn enter(&mut self, plan: &Plan) -> Result<(), IcedError> {
+        if plan.x87 {
+            self.memory(Code::Fnstcw_m2byte, offset::HOST_FCW)?;
+        }
+        if plan.x87 || plan.mxcsr {
+            self.memory(Code::Stmxcsr_m32, offset::HOST_MXCSR)?;
+        }
+        if plan.x87 {
+            self.memory(Code::Fxrstor64_m512byte, offset::X87)?;
+        }
+        if plan.mxcsr {
+            self.memory(Code::Ldmxcsr_m32, offset::MXCSR)?;
+        }
+        for (slot, v) in plan.vectors.iter().enumerate().filter(|(_, v)| v.read) {
+            let n = u32::from(v.host);
+            let lo = offset::vector(slot);
+            if plan.class != Class::Avx {
+                self.load(Code::Movups_xmm_xmmm128, Register::XMM0 + n, lo)?;
+                continue;
+            }
+            self.load(Code::VEX_Vmovups_xmm_xmmm128, Register::XMM0 + n, lo)?;
+            if v.bytes == 32 {
+                // In halves, as they were stored: a load of both would wait for the stores.
+                let ymm = Register::YMM0 + n;
+                let code = Code::VEX_Vinsertf128_ymm_ymm_xmmm128_imm8;
+                self.put(&Instruction::with4(code, ymm, ymm, at(lo + 16), 1)?)?;
+            }
+        }
+        for (slot, g) in plan.gprs.iter().enumerate() {
+            self.load(Code::Mov_r64_rm64, g.host, offset::gpr(slot))?;
+        }
+        if plan.flags_in != 0 {
+            self.memory(Code::Push_rm64, offset::FLAGS)?;
+            self.plain(Code::Popfq)?;
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self, plan: &Plan) -> Result<(), IcedError> {
+        if plan.flags_out != 0 {
+            self.plain(Code::Pushfq)?;
+            self.memory(Code::Pop_rm64, offset::FLAGS)?;
+        }
+        for (slot, g) in plan.gprs.iter().enumerate().filter(|(_, g)| g.write) {
+            self.store(Code::Mov_rm64_r64, offset::gpr(slot), g.host)?;
+        }
+        for (slot, v) in plan.vectors.iter().enumerate().filter(|(_, v)| v.write) {
+            let n = u32::from(v.host);
+            let at = offset::vector(slot);
+            match (plan.class, v.bytes) {
+                (Class::Avx, 32) => {
+                    self.store(Code::VEX_Vmovups_ymmm256_ymm, at, Register::YMM0 + n)?
+                }
+                (Class::Avx, _) => {
+                    self.store(Code::VEX_Vmovups_xmmm128_xmm, at, Register::XMM0 + n)?
+                }
+                _ => self.store(Code::Movups_xmmm128_xmm, at, Register::XMM0 + n)?,
+            }
+        }
+        if plan.mxcsr {
+            self.memory(Code::Stmxcsr_m32, offset::MXCSR)?;
+        }
+        if plan.x87 {
+            self.memory(Code::Fxsave64_m512byte, offset::X87)?;
+            self.plain(Code::Fninit)?;
+            self.memory(Code::Fldcw_m2byte, offset::HOST_FCW)?;
+        }
+        if plan.x87 || plan.mxcsr {
+            self.memory(Code::Ldmxcsr_m32, offset::HOST_MXCSR)?;
+        }
+        if plan.class == Class::Avx {
+            self.plain(Code::VEX_Vzeroupper)?;
+        }
+        self.plain(Code::Retnq)
+    }
+}
+
+/// The stub's code.
+pub fn stub(plan: &Plan) -> Result<Vec<u8>, IcedError> {
+    let mut e = Emitter {
+        encoder: Encoder::try_new(64)?,
+    };
+    e.plain(Code::Endbr64)?;
+    e.enter(plan)?;
+    e.put(&plan.insn)?;
+    e.leave(plan)?;
+    Ok(e.encoder.take_buffer())
+}
+
+/// The renamed instruction's encoding, by which stubs are shared.
+pub fn key(plan: &Plan) -> Result<Vec<u8>, IcedError> {
+    let mut e = Emitter {
+        encoder: Encoder::try_new(64)?,
+    };
+    e.put(&plan.insn)?;
+    Ok(e.encoder.take_buffer())
+}

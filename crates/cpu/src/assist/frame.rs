@@ -1,0 +1,78 @@
+//! What a stub sees: the guest's registers it needs, its memory operand and the host's state to
+//! put back, at fixed offsets from the one register (RDI) that points here.
+
+use std::mem::offset_of;
+
+/// Vector registers one instruction can use (four operands, or three and XMM0).
+pub const VECTORS: usize = 4;
+/// General registers one instruction can use.
+pub const GPRS: usize = 4;
+
+/// An FXSAVE image.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub struct Image(pub [u8; 512]);
+
+/// The exchange area of one processor.
+#[derive(Clone, Debug)]
+#[repr(C, align(64))]
+pub struct Frame {
+    /// The memory operand, before or after the instruction.
+    pub memory: [u8; 64],
+    /// Vector registers, a ZMM register's room each.
+    pub vectors: [[u8; 64]; VECTORS],
+    /// General registers.
+    pub gprs: [u64; GPRS],
+    /// Status flags, in and out; no other flag is ever set here.
+    pub flags: u64,
+    /// MXCSR to run with; afterwards, what the instruction left in it.
+    pub mxcsr: u32,
+    /// Where the stub keeps the host's MXCSR.
+    pub host_mxcsr: u32,
+    /// Where the stub keeps the host's x87 control word.
+    pub host_fcw: u32,
+    /// x87 and MMX state, in and out.
+    pub x87: Image,
+}
+
+impl Default for Frame {
+    fn default() -> Self {
+        Self {
+            memory: [0; 64],
+            vectors: [[0; 64]; VECTORS],
+            gprs: [0; GPRS],
+            flags: 0,
+            mxcsr: 0,
+            host_mxcsr: 0,
+            host_fcw: 0,
+            x87: Image([0; 512]),
+        }
+    }
+}
+
+/// Offsets for generated code.
+pub mod offset {
+    use super::{Frame, offset_of};
+
+    /// `Frame::memory`: the memory operand's address is the frame's.
+    pub const MEMORY: i64 = offset_of!(Frame, memory) as i64;
+    /// `Frame::flags`.
+    pub const FLAGS: i64 = offset_of!(Frame, flags) as i64;
+    /// `Frame::mxcsr`.
+    pub const MXCSR: i64 = offset_of!(Frame, mxcsr) as i64;
+    /// `Frame::host_mxcsr`.
+    pub const HOST_MXCSR: i64 = offset_of!(Frame, host_mxcsr) as i64;
+    /// `Frame::host_fcw`.
+    pub const HOST_FCW: i64 = offset_of!(Frame, host_fcw) as i64;
+    /// `Frame::x87`.
+    pub const X87: i64 = offset_of!(Frame, x87) as i64;
+
+    /// A slot of `Frame::vectors`.
+    pub fn vector(slot: usize) -> i64 {
+        (offset_of!(Frame, vectors) + slot * 64) as i64
+    }
+    /// A slot of `Frame::gprs`.
+    pub fn gpr(slot: usize) -> i64 {
+        (offset_of!(Frame, gprs) + slot * 8) as i64
+    }
+}

@@ -1,0 +1,209 @@
+//! Native assist: an instruction that only computes runs on the host's own processor.
+//!
+//! For such an instruction a *stub* is generated once: a function that loads the registers the
+//! instruction uses from a [`Frame`], executes it with its memory operand redirected into the frame,
+//! and stores what it wrote. The interpreter fills the frame from the guest's registers and memory,
+//! calls the stub, looks at the exceptions it raised, and only then commits the results
+//! ([`crate::interp::simd::native`]). Results are the host's own, bit for bit; what the host lacks
+//! the guest gets #UD for.
+//!
+//! Stubs are shared by all processors of the process. Registers are renamed in them ([`plan`]), so
+//! their number is that of distinct operations (opcode, immediate, which operands coincide), not of
+//! register combinations.
+
+mod arena;
+mod emit;
+pub mod frame;
+pub mod plan;
+
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock};
+
+use iced_x86::Instruction;
+
+use arena::Arena;
+pub use frame::Frame;
+use frame::{GPRS, VECTORS};
+pub use plan::{Binding, Class, HIGH_BYTE, MemoryUse, Plan, Vector};
+
+/// Most stubs there can be.
+const MAX_STUBS: usize = 1 << 16;
+const CHUNK: usize = 256;
+
+/// A generated stub and what its caller must know.
+#[derive(Debug)]
+pub struct Stub {
+    entry: *const u8,
+    /// Availability rules.
+    pub class: Class,
+    vectors: [Vector; VECTORS],
+    vector_count: u8,
+    gpr_writes: [bool; GPRS],
+    gpr_count: u8,
+    /// The memory operand.
+    pub memory: MemoryUse,
+    /// Its size in bytes.
+    pub size: u8,
+    /// Its address must be a multiple of its size.
+    pub aligned: bool,
+    /// Status flags it may change.
+    pub flags: u64,
+    /// It obeys MXCSR.
+    pub mxcsr: bool,
+    /// It uses x87 or MMX registers.
+    pub x87: bool,
+}
+
+// SAFETY: `entry` is code that nobody writes to, in a mapping that lives as long as the process.
+unsafe impl Send for Stub {}
+// SAFETY: as above.
+unsafe impl Sync for Stub {}
+
+impl Stub {
+    fn new(plan: &Plan, entry: *const u8) -> Self {
+        let mut vectors = [Vector {
+            host: 0,
+            read: false,
+            write: false,
+            bytes: 16,
+        }; VECTORS];
+        for (to, from) in vectors.iter_mut().zip(&plan.vectors) {
+            *to = *from;
+        }
+        let mut gpr_writes = [false; GPRS];
+        for (to, from) in gpr_writes.iter_mut().zip(&plan.gprs) {
+            *to = from.write;
+        }
+        Self {
+            entry,
+            class: plan.class,
+            vectors,
+            vector_count: plan.vectors.len() as u8,
+            gpr_writes,
+            gpr_count: plan.gprs.len() as u8,
+            memory: plan.memory,
+            size: plan.size,
+            aligned: plan.aligned,
+            flags: plan.flags_out,
+            mxcsr: plan.mxcsr,
+            x87: plan.x87,
+        }
+    }
+
+    /// Vector slots in use.
+    #[inline(always)]
+    pub fn vectors(&self) -> &[Vector] {
+        self.vectors
+            .get(..usize::from(self.vector_count))
+            .unwrap_or_default()
+    }
+
+    /// For each general register slot in use, whether it is written.
+    #[inline(always)]
+    pub fn gprs(&self) -> &[bool] {
+        self.gpr_writes
+            .get(..usize::from(self.gpr_count))
+            .unwrap_or_default()
+    }
+
+    /// Runs the stub.
+    #[inline(always)]
+    pub fn call(&self, frame: &mut Frame) {
+        // SAFETY: `entry` is a function of this type that `emit::stub` generated. It touches nothing
+        // but the frame, its own stack and registers the ABI lets it clobber, and it faults on
+        // nothing: memory operands lie in the frame, exceptions are masked or dropped, and an MXCSR
+        // and FXSAVE image without reserved bits is what `native` puts into the frame.
+        unsafe {
+            let entry: unsafe extern "sysv64" fn(*mut Frame) = std::mem::transmute(self.entry);
+            entry(frame);
+        }
+    }
+}
+
+/// The stubs of the process.
+struct Registry {
+    arena: Option<Arena>,
+    by_key: Mutex<HashMap<Vec<u8>, u32>>,
+    chunks: [OnceLock<Box<[OnceLock<Stub>]>>; MAX_STUBS / CHUNK],
+}
+
+static REGISTRY: OnceLock<Registry> = OnceLock::new();
+
+fn registry() -> &'static Registry {
+    REGISTRY.get_or_init(|| {
+        let arena = Arena::new()
+            .inspect_err(|e| {
+                eprintln!(
+                    "anykvm: no executable memory ({e}): SIMD and x87 instructions will not work"
+                );
+            })
+            .ok();
+        Registry {
+            arena,
+            by_key: Mutex::new(HashMap::new()),
+            chunks: [const { OnceLock::new() }; MAX_STUBS / CHUNK],
+        }
+    })
+}
+
+/// Maps the memory for stubs, so that processor threads need no executable mappings later. Call it
+/// when a VM is created; it may be called any number of times. False if the system refuses.
+pub fn prepare() -> bool {
+    registry().arena.is_some()
+}
+
+impl Registry {
+    fn get(&self, n: u32) -> Option<&Stub> {
+        let n = n as usize;
+        self.chunks.get(n / CHUNK)?.get()?.get(n % CHUNK)?.get()
+    }
+
+    /// The stub for a plan, generated if it is not there yet.
+    fn number(&self, plan: &Plan) -> Option<u32> {
+        let key = emit::key(plan).ok()?;
+        let mut known = self.by_key.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(n) = known.get(&key) {
+            return Some(*n);
+        }
+        let n = known.len();
+        let chunk = self.chunks.get(n / CHUNK)?;
+        let chunk = chunk.get_or_init(|| (0..CHUNK).map(|_| OnceLock::new()).collect());
+        let entry = self.arena.as_ref()?.add(&emit::stub(plan).ok()?)?;
+        chunk.get(n % CHUNK)?.set(Stub::new(plan, entry)).ok()?;
+        known.insert(key, n as u32);
+        Some(n as u32)
+    }
+}
+
+/// Finds or makes the stub of an instruction. The result, for [`lookup`], packs its number and the
+/// [`Binding`]; `None` if the instruction is none that can run in a stub.
+pub fn bind(raw: &Instruction) -> Option<u64> {
+    let (plan, binding) = Plan::of(raw)?;
+    let mut packed = u64::from(registry().number(&plan)?);
+    for (i, v) in binding.vectors.iter().enumerate() {
+        packed |= u64::from(*v & 31) << (24 + 5 * i);
+    }
+    for (i, g) in binding.gprs.iter().enumerate() {
+        packed |= u64::from(*g & 31) << (44 + 5 * i);
+    }
+    Some(packed)
+}
+
+/// The stub and binding that [`bind`] packed.
+#[inline(always)]
+pub fn lookup(packed: u64) -> Option<(&'static Stub, Binding)> {
+    let stub = REGISTRY.get()?.get(packed as u32 & 0xff_ffff)?;
+    let mut b = Binding::default();
+    for (i, v) in b.vectors.iter_mut().enumerate() {
+        *v = (packed >> (24 + 5 * i)) as u8 & 31;
+    }
+    for (i, g) in b.gprs.iter_mut().enumerate() {
+        *g = (packed >> (44 + 5 * i)) as u8 & 31;
+    }
+    Some((stub, b))
+}
+
+/// Whether the host can execute an instruction.
+pub fn host_has(raw: &Instruction) -> bool {
+    plan::host_has(raw.code())
+}

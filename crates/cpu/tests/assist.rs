@@ -1,0 +1,426 @@
+//! Native assist against the host: every computing instruction of every legacy and VEX encoding
+//! with random operands and register states must leave what the host itself leaves.
+
+mod harness;
+mod host;
+
+use anykvm_cpu::decode;
+use anykvm_cpu::state::{XsaveArea, cr4, rflags};
+use harness::Computer;
+use host::{Registers, Runner};
+use iced_x86::{
+    Code, CpuidFeature, Encoder, EncodingKind, Instruction, MemoryOperand, Mnemonic,
+    OpCodeOperandKind as K, OpKind, Register,
+};
+
+/// A small generator of random numbers (xorshift64*), so that a failure repeats.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len() as u64) as usize]
+    }
+    /// 8 bytes that often are interesting floating-point numbers.
+    fn number(&mut self) -> u64 {
+        const F64: [u64; 12] = [
+            0,
+            0x8000_0000_0000_0000,
+            0x3ff0_0000_0000_0000,
+            0x4000_0000_0000_0001,
+            0x7ff0_0000_0000_0000,
+            0xfff0_0000_0000_0000,
+            0x7ff8_0000_0000_0000,
+            0x7ff0_0000_0000_0001,
+            0x0000_0000_0000_0001,
+            0x0010_0000_0000_0000,
+            0x7fef_ffff_ffff_ffff,
+            0xc1e0_0000_0020_0000,
+        ];
+        const F32: [u64; 10] = [
+            0,
+            0x8000_0000,
+            0x3f80_0000,
+            0x7f80_0000,
+            0xff80_0000,
+            0x7fc0_0000,
+            0x7f80_0001,
+            1,
+            0x0080_0000,
+            0x7f7f_ffff,
+        ];
+        match self.below(4) {
+            0 => self.pick(&F64),
+            1 => self.pick(&F32) | self.pick(&F32) << 32,
+            2 => self.next() & 0x8fff_ffff_8fff_ffff | 0x3000_0000_3000_0000,
+            _ => self.next(),
+        }
+    }
+    /// An 80-bit number, often interesting.
+    fn extended(&mut self) -> [u8; 10] {
+        let mantissa = match self.below(4) {
+            0 => 0,
+            1 => 1 << 63,
+            2 => self.next() | 1 << 63,
+            _ => self.next(),
+        };
+        let exponent = match self.below(5) {
+            0 => 0,
+            1 => 0x7fff,
+            2 => 0x3fff + self.below(64) as u16,
+            3 => self.below(0x8000) as u16,
+            _ => self.pick(&[1, 0x7ffe, 0x3ffe, 0x3c00]),
+        };
+        let mut v = [0; 10];
+        v[..8].copy_from_slice(&mantissa.to_le_bytes());
+        v[8..].copy_from_slice(&(exponent | (self.next() as u16 & 0x8000)).to_le_bytes());
+        v
+    }
+}
+
+const DATA: u64 = 0x8_0000;
+const CODE: u64 = 0x1000;
+
+/// A random instruction of this code with its memory operand at [RSI]; `None` if the code has
+/// operands that assist does not serve.
+fn instance(code: Code, r: &mut Random) -> Option<Instruction> {
+    // Not RSP, which is the host's own in the reference, nor RSI, the base; RDI is an ordinary one.
+    const GPRS: [u32; 14] = [0, 1, 2, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+    let mut insn = Instruction::default();
+    insn.set_code(code);
+    for (i, kind) in code.op_code().op_kinds().iter().enumerate() {
+        let i = i as u32;
+        let in_memory = r.below(2) == 0;
+        let gpr = r.pick(&GPRS);
+        let vector = r.below(16) as u32;
+        let register = match kind {
+            K::mem => None,
+            K::r8_or_mem
+            | K::r16_or_mem
+            | K::r32_or_mem
+            | K::r64_or_mem
+            | K::mm_or_mem
+            | K::xmm_or_mem
+            | K::ymm_or_mem
+                if in_memory =>
+            {
+                None
+            }
+            K::r8_or_mem | K::r8_reg => {
+                Some(r.pick(&[Register::AL, Register::BL, Register::R9L, Register::DIL]))
+            }
+            K::r16_or_mem | K::r16_reg | K::r16_rm | K::r16_reg_mem => Some(Register::AX + gpr),
+            K::r32_or_mem | K::r32_reg | K::r32_rm | K::r32_vvvv => Some(Register::EAX + gpr),
+            K::r64_or_mem | K::r64_reg | K::r64_rm | K::r64_vvvv => Some(Register::RAX + gpr),
+            K::mm_or_mem | K::mm_reg | K::mm_rm => Some(Register::MM0 + vector % 8),
+            K::xmm_or_mem | K::xmm_reg | K::xmm_rm | K::xmm_vvvv | K::xmm_is4 => {
+                Some(Register::XMM0 + vector)
+            }
+            K::ymm_or_mem | K::ymm_reg | K::ymm_rm | K::ymm_vvvv | K::ymm_is4 => {
+                Some(Register::YMM0 + vector)
+            }
+            K::st0 => Some(Register::ST0),
+            K::sti_opcode => Some(Register::ST0 + r.below(8) as u32),
+            K::imm8 if i > 0 && insn.op_kind(i - 1) == OpKind::Immediate8 => {
+                insn.set_op_kind(i, OpKind::Immediate8_2nd);
+                insn.set_immediate8_2nd(r.next() as u8);
+                continue;
+            }
+            K::imm8 => {
+                insn.set_op_kind(i, OpKind::Immediate8);
+                insn.set_immediate8(r.next() as u8);
+                continue;
+            }
+            _ => return None,
+        };
+        match register {
+            Some(register) => insn.set_op_register(i, register),
+            None => {
+                insn.set_op_kind(i, OpKind::Memory);
+                let m = MemoryOperand::with_base_displ(Register::RSI, 64);
+                insn.set_memory_base(m.base);
+                insn.set_memory_displacement64(64);
+                insn.set_memory_displ_size(1);
+            }
+        }
+    }
+    Some(insn)
+}
+
+/// Codes that assist serves and whose result is a function of their operands.
+fn served(code: Code) -> bool {
+    use CpuidFeature as F;
+    let op = code.op_code();
+    let features = code.cpuid_features();
+    let mine = [
+        F::ADX,
+        F::AES,
+        F::AVX,
+        F::AVX2,
+        F::BMI1,
+        F::BMI2,
+        F::F16C,
+        F::FMA,
+        F::GFNI,
+        F::LZCNT,
+        F::MMX,
+        F::MOVBE,
+        F::PCLMULQDQ,
+        F::POPCNT,
+        F::SHA,
+        F::SSE,
+        F::SSE2,
+        F::SSE3,
+        F::SSE4A,
+        F::SSE4_1,
+        F::SSE4_2,
+        F::SSSE3,
+        F::VAES,
+        F::VPCLMULQDQ,
+        F::FPU,
+        F::FPU287,
+        F::FPU387,
+        F::CMOV,
+    ];
+    let special = matches!(
+        code.mnemonic(),
+        Mnemonic::Ldmxcsr
+            | Mnemonic::Stmxcsr
+            | Mnemonic::Vldmxcsr
+            | Mnemonic::Vstmxcsr
+            | Mnemonic::Maskmovq
+            | Mnemonic::Maskmovdqu
+            | Mnemonic::Vmaskmovdqu
+            | Mnemonic::Wait
+            | Mnemonic::Finit
+            | Mnemonic::Fclex
+            | Mnemonic::Fstcw
+            | Mnemonic::Fstenv
+            | Mnemonic::Fsave
+            | Mnemonic::Fstsw
+            | Mnemonic::Sfence
+            | Mnemonic::Lfence
+            | Mnemonic::Mfence
+            | Mnemonic::Pause
+            | Mnemonic::Prefetchnta
+            | Mnemonic::Prefetcht0
+            | Mnemonic::Prefetcht1
+            | Mnemonic::Prefetcht2
+    );
+    op.mode64()
+        && matches!(op.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+        && features.iter().all(|f| mine.contains(f))
+        && !special
+        && !format!("{code:?}").starts_with("Cmov")
+        && host_has(features)
+}
+
+fn host_has(features: &[CpuidFeature]) -> bool {
+    use CpuidFeature as F;
+    use std::is_x86_feature_detected as has;
+    features.iter().all(|f| match f {
+        F::SSE4A => has!("sse4a"),
+        F::SHA => has!("sha"),
+        F::GFNI => has!("gfni"),
+        F::VAES => has!("vaes"),
+        F::VPCLMULQDQ => has!("vpclmulqdq"),
+        F::AVX | F::AVX2 => has!("avx2"),
+        F::BMI1 | F::BMI2 => has!("bmi2"),
+        F::FMA => has!("fma"),
+        F::F16C => has!("f16c"),
+        F::ADX => has!("adx"),
+        _ => true,
+    })
+}
+
+fn is_x87(code: Code) -> bool {
+    use CpuidFeature as F;
+    code.cpuid_features()
+        .iter()
+        .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
+}
+
+fn random_state(code: Code, r: &mut Random) -> (Registers, [u8; 256]) {
+    let mut s = Registers::new();
+    for g in &mut s.gprs {
+        *g = if r.below(2) == 0 {
+            r.next()
+        } else {
+            r.below(40)
+        };
+    }
+    s.flags = 0x202 | r.next() & rflags::STATUS;
+    let x = &mut s.xsave;
+    for at in (160..416).chain(576..832).step_by(8) {
+        let v = r.number();
+        x[at..at + 8].copy_from_slice(&v.to_le_bytes());
+    }
+    for st in 0..8 {
+        x[32 + st * 16..][..10].copy_from_slice(&r.extended());
+    }
+    // All exceptions masked for SIMD; x87 runs with any mask.
+    let mxcsr = 0x1f80 | r.next() as u32 & 0xe07f;
+    x[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+    let masks = if r.below(2) == 0 {
+        0x3f
+    } else {
+        r.below(64) as u16
+    };
+    let fcw = 0x40 | masks | r.next() as u16 & 0xf00;
+    // Flags that are set must be masked, or the next instruction is #MF.
+    let fsw = r.next() as u16 & 0x7f00 & !0x80 | r.next() as u16 & masks;
+    x[0..2].copy_from_slice(&fcw.to_le_bytes());
+    x[2..4].copy_from_slice(&fsw.to_le_bytes());
+    x[4] = if r.below(2) == 0 {
+        0xff
+    } else {
+        r.next() as u8
+    };
+    x[512] = 7;
+    let mut memory = [0; 256];
+    for m in memory.chunks_exact_mut(8) {
+        m.copy_from_slice(&r.number().to_le_bytes());
+    }
+    if is_x87(code) {
+        memory[64..74].copy_from_slice(&r.extended());
+    }
+    (s, memory)
+}
+
+/// An area of the XSAVE image that must agree, and its name.
+const COMPARED: [(std::ops::Range<usize>, &str); 6] = [
+    (0..2, "FCW"),
+    (2..4, "FSW"),
+    (4..5, "FTW"),
+    (24..28, "MXCSR"),
+    (32..416, "registers"),
+    (576..832, "YMM upper halves"),
+];
+
+#[repr(align(64))]
+struct Aligned([u8; 256]);
+
+fn check(
+    c: &mut Computer,
+    runner: &mut Runner,
+    code: Code,
+    r: &mut Random,
+) -> Result<bool, String> {
+    let Some(insn) = instance(code, r) else {
+        return Ok(false);
+    };
+    let mut encoder = Encoder::new(64);
+    if encoder.encode(&insn, 0).is_err() {
+        return Ok(false);
+    }
+    let bytes = encoder.take_buffer();
+    let (before, memory) = random_state(code, r);
+
+    let mut expected = before.clone();
+    let mut host_memory = Aligned(memory);
+    expected.gprs[6] = host_memory.0.as_mut_ptr() as u64;
+    runner.run(&bytes, &mut expected);
+
+    let s = &mut c.cpu.state;
+    for n in 0..16 {
+        if n != 4 {
+            s.regs[n] = before.gprs[usize::from(n)];
+        }
+    }
+    s.regs[6] = DATA;
+    s.set_rip(CODE + bytes.len() as u64);
+    s.rflags = before.flags;
+    s.xsave.0[..XsaveArea::OPMASK].copy_from_slice(&before.xsave[..XsaveArea::OPMASK]);
+    c.memory.write(DATA, &memory).unwrap();
+    let text = format!("{code:?} {bytes:02x?}: {insn}");
+    let decoded = decode::decode(&bytes, c.cpu.mode()).map_err(|e| format!("{text}: {e:?}"))?;
+    if let Err(stop) = (decoded.handler)(&mut c.cpu, &decoded) {
+        return Err(format!("{text}: {stop:?}"));
+    }
+
+    let mut guest_memory = [0; 256];
+    c.memory.read(DATA, &mut guest_memory).unwrap();
+    if guest_memory != host_memory.0 {
+        return Err(format!(
+            "{text}: memory\n host {:x?}\n here {guest_memory:x?}",
+            host_memory.0
+        ));
+    }
+    let s = &c.cpu.state;
+    for n in (0..16u8).filter(|n| ![4, 6].contains(n)) {
+        let want = expected.gprs[usize::from(n)];
+        if s.regs[n] != want {
+            return Err(format!(
+                "{text}: register {n}: host {want:x}, here {:x}",
+                s.regs[n]
+            ));
+        }
+    }
+    if (s.rflags ^ expected.flags) & rflags::STATUS != 0 {
+        return Err(format!(
+            "{text}: flags: host {:x}, here {:x}",
+            expected.flags, s.rflags
+        ));
+    }
+    for (range, name) in COMPARED {
+        let (want, have) = (&expected.xsave[range.clone()], &s.xsave.0[range.clone()]);
+        if want != have {
+            let at = range.start + want.iter().zip(have).position(|(a, b)| a != b).unwrap();
+            return Err(format!(
+                "{text}: {name} at {at}: before {:02x?}\n host {want:02x?}\n here {have:02x?}",
+                &before.xsave[range]
+            ));
+        }
+    }
+    Ok(true)
+}
+
+fn computer() -> Computer {
+    let mut c = Computer::long(1 << 20, CODE, 0x10_000);
+    c.cpu.state.cr4 |= cr4::OSXSAVE;
+    c.cpu.state.xcr0 = 7;
+    c.cpu.state_changed();
+    c
+}
+
+#[test]
+fn every_instruction_agrees_with_the_host() {
+    let mut c = computer();
+    let mut runner = Runner::new();
+    let mut r = Random(0x1234_5678_9abc_def1);
+    let (mut codes, mut failures) = (0, Vec::new());
+    for code in Code::values().filter(|c| served(*c)) {
+        let mut compared = false;
+        for _ in 0..40 {
+            match check(&mut c, &mut runner, code, &mut r) {
+                Ok(done) => compared |= done,
+                Err(e) => {
+                    failures.push(e);
+                    compared = true;
+                    break;
+                }
+            }
+        }
+        if compared {
+            codes += 1;
+        } else {
+            println!("not compared: {code:?}");
+        }
+    }
+    println!("{codes} codes");
+    assert!(
+        failures.is_empty(),
+        "{} failures:\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
+    assert!(codes > 900, "only {codes} codes were compared");
+}
