@@ -9,14 +9,15 @@
 use crate::width::Width;
 use std::arch::asm;
 
-/// Wraps one assembly instruction with an exception-table entry: (address, length to skip).
+/// Wraps one assembly instruction with an exception-table entry: (address, length to skip). `R`
+/// (SHF_GNU_RETAIN) keeps the linker from dropping the section, which nothing refers to by name.
 macro_rules! guarded {
     ($insn:literal) => {
         concat!(
             "2: ",
             $insn,
             "\n3:\n",
-            ".pushsection anykvm_extable,\"a\",@progbits\n",
+            ".pushsection anykvm_extable,\"aR\",@progbits\n",
             ".balign 4\n",
             ".long 2b - .\n",
             ".long 3b - 2b\n",
