@@ -1,0 +1,133 @@
+//! ioctls on KVM's descriptors, and mmap of a vCPU.
+
+use std::ffi::{c_int, c_ulong};
+use std::os::fd::AsRawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
+
+use anykvm::{Object, Reply, UserMemory};
+use anykvm_abi::ioctl::{KVM_GET_STATS_FD, KVM_RUN, KVM_SET_SIGNAL_MASK, KVMIO};
+use anykvm_abi::{KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_create_device};
+
+use crate::files::{self, FileRef};
+use crate::sys::KernelSigset;
+use crate::user_memory::ThisProcess;
+use crate::{device, signals, sys};
+
+const PAGE: usize = 4096;
+/// Whether the type byte of an ioctl number is KVM's.
+pub const fn is_kvm(request: c_ulong) -> bool {
+    (request >> 8) & 0xff == KVMIO as c_ulong
+}
+
+/// An ioctl whose number is KVM's. None: the descriptor is not ours.
+pub fn kvm_ioctl(fd: c_int, request: u32, argument: u64) -> Option<Result<c_int, c_int>> {
+    let file = files::find(fd)?;
+    let result = dispatch(&file, request, argument);
+    let interruptible = request == KVM_RUN && matches!(file.object(), Object::Vcpu(_));
+    drop(file);
+    if interruptible {
+        // Nothing is held from here on: the program's signal handler may not return.
+        signals::after_run();
+    }
+    Some(result)
+}
+
+fn dispatch(file: &FileRef, request: u32, argument: u64) -> Result<c_int, c_int> {
+    let object = file.object();
+    if !matches!(object, Object::System(_)) && !file.is_ours() {
+        return Err(libc::EIO);
+    }
+    let call = || object.ioctl(request, argument, &ThisProcess);
+    let guarded = || catch_unwind(AssertUnwindSafe(call));
+    let result = match object {
+        Object::Vcpu(vcpu) if request == KVM_RUN => {
+            signals::during_run(vcpu.kick().requests(), file.signal_mask(), guarded)
+        }
+        Object::Vcpu(_) if request == KVM_SET_SIGNAL_MASK => {
+            return set_signal_mask(file, argument).map(|()| 0);
+        }
+        _ => guarded(),
+    };
+    match result {
+        Ok(Ok(Reply::Value(value))) => Ok(value),
+        Ok(Ok(Reply::Object(object))) => give(object, request, argument),
+        Ok(Err(e)) => Err(e.errno()),
+        Err(_) => {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| eprintln!("anykvm: ioctl {request:#x} failed: an error in anykvm"));
+            Err(libc::EIO)
+        }
+    }
+}
+
+/// KVM_SET_SIGNAL_MASK: a length and a set of that length; a null pointer clears the mask. It is
+/// about the threads of this process, so it is kept with the file.
+fn set_signal_mask(file: &FileRef, argument: u64) -> Result<(), c_int> {
+    if argument == 0 {
+        file.set_signal_mask(None);
+        return Ok(());
+    }
+    let (mut length, mut set) = ([0; 4], [0; size_of::<KernelSigset>()]);
+    let fault = |_| libc::EFAULT;
+    ThisProcess.read(argument, &mut length).map_err(fault)?;
+    if u32::from_ne_bytes(length) as usize != set.len() {
+        return Err(libc::EINVAL);
+    }
+    let after = argument.wrapping_add(length.len() as u64);
+    ThisProcess.read(after, &mut set).map_err(fault)?;
+    file.set_signal_mask(Some(KernelSigset::from_ne_bytes(set)));
+    Ok(())
+}
+
+/// Gives a new object to the program. KVM_CREATE_DEVICE returns the descriptor in its argument.
+fn give(object: Object, request: u32, argument: u64) -> Result<c_int, c_int> {
+    let is_device = matches!(object, Object::Device(_));
+    let fd = device::open_object(object, request != KVM_GET_STATS_FD)?;
+    if !is_device {
+        return Ok(fd);
+    }
+    let field = std::mem::offset_of!(kvm_create_device, fd) as u64;
+    if ThisProcess
+        .write(argument.wrapping_add(field), &fd.to_ne_bytes())
+        .is_err()
+    {
+        drop(files::remove(fd));
+        sys::close(fd);
+        return Err(libc::EFAULT);
+    }
+    Ok(0)
+}
+
+/// Lays the VM's coalesced-MMIO ring over page 2 of a new mapping of a vCPU (KVM API, 4.116): the
+/// ring is one a VM, the rest of the mapping is the vCPU's own.
+///
+/// # Safety
+/// `address..address + len` must be a mapping, just made for the program, of `fd` from `offset`.
+pub unsafe fn map_coalesced_ring(
+    address: usize,
+    len: usize,
+    protection: c_int,
+    fd: c_int,
+    offset: i64,
+) {
+    let Some(page) = (i64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * PAGE as i64).checked_sub(offset)
+    else {
+        return;
+    };
+    let Ok(page) = usize::try_from(page) else {
+        return;
+    };
+    if page >= len {
+        return;
+    }
+    let Some(file) = files::find(fd) else {
+        return;
+    };
+    if let Some(ring) = file.object().coalesced_ring() {
+        let fd = ring.as_raw_fd();
+        // A failure leaves the memfd's own page there: an empty ring, as without the capability.
+        // SAFETY: a page of the mapping that the caller has just made.
+        let _ = unsafe { sys::map_over(address + page, PAGE, protection, fd, 0) };
+    }
+}
