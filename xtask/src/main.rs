@@ -1,1 +1,79 @@
-fn main() {}
+//! The project's chores: `cargo xtask demo | test | bench`.
+
+#![forbid(unsafe_code)]
+
+mod bench;
+mod build;
+mod demo;
+mod e2e;
+mod guest;
+mod process;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::LazyLock;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Boot Debian's kernel to a shell in the built-in VMM, from nothing
+    Demo(demo::DemoArgs),
+    /// Run all tests, or those whose names contain one of the given words
+    Test(e2e::TestArgs),
+    /// Measure
+    #[command(subcommand)]
+    Bench(bench::BenchTask),
+    /// Prepare the test guest and print where it is
+    Guest,
+}
+
+fn main() -> ExitCode {
+    LazyLock::force(&START);
+    match perform(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Demo(args) => demo::run(&args),
+        Task::Test(args) => e2e::run(&args),
+        Task::Bench(task) => bench::run(&task),
+        Task::Guest => {
+            let guest = guest::Guest::prepare()?;
+            println!("kernel     {}", guest.kernel.display());
+            println!("vmlinux    {}", guest.vmlinux()?.display());
+            println!("initramfs  {}", guest.initramfs.display());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// One line about what is being done, with the seconds since the start.
+pub fn progress(what: &str) {
+    eprintln!("[{:6.1} s] {what}", START.elapsed().as_secs_f64());
+}
+
+/// The root of the source tree.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask lies in the workspace")
+        .to_path_buf()
+}

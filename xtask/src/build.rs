@@ -1,0 +1,42 @@
+//! Builds the programs that are demonstrated, tested and measured.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{progress, workspace};
+
+/// Builds the `anykvm` command and the shim library in release mode; the path of the command.
+pub fn anykvm() -> Result<PathBuf> {
+    release(&["anykvm-cli", "anykvm-preload"])?;
+    Ok(target().join("release/anykvm"))
+}
+
+/// Builds these packages in release mode. Cargo's own progress is shown.
+pub fn release(packages: &[&str]) -> Result<()> {
+    progress(&format!("building {} (release)", packages.join(", ")));
+    let mut command = cargo();
+    command.args(["build", "--release"]);
+    for package in packages {
+        command.args(["--package", package]);
+    }
+    let status = command.status().context("cannot start cargo")?;
+    if !status.success() {
+        bail!("the build failed");
+    }
+    Ok(())
+}
+
+/// The cargo that runs us, in the source tree.
+pub fn cargo() -> Command {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(program);
+    command.current_dir(workspace());
+    command
+}
+
+/// Cargo's target folder.
+pub fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}

@@ -1,0 +1,161 @@
+//! Debian's kernel in `anykvm boot`.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::console::{Console, FATAL, require_sound};
+use super::{Bench, Needs, Test};
+use crate::process;
+
+const LIMIT: Duration = Duration::from_secs(240);
+/// 64 MiB of data after 1 MiB for the mark.
+const DISK_SIZE: u64 = 65 << 20;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test("boot-cpus1", 1, |bench, test| check(bench, test, false)),
+        test("boot-vmlinux", 1, |bench, test| check(bench, test, true)),
+        test("boot-cpus2", 2, |bench, test| check(bench, test, false)),
+        test("boot-disk", 1, disk),
+    ]
+}
+
+fn test(
+    name: &str,
+    cpus: usize,
+    body: impl Fn(&Bench, &Test) -> Result<()> + Send + Sync + 'static,
+) -> Test {
+    Test {
+        name: name.to_owned(),
+        cpus,
+        limit: LIMIT,
+        needs: Needs::Guest,
+        body: Box::new(body),
+    }
+}
+
+fn command(bench: &Bench, kernel: &Path, test: &Test, task: &str) -> Command {
+    let mut command = Command::new(&bench.anykvm);
+    command
+        .args(["boot", "--stats", "--mem", "512M"])
+        .args(["--cpus", &test.cpus.to_string()])
+        .args(["--append", &format!("anykvm.task={task}")])
+        .arg("--kernel")
+        .arg(kernel)
+        .arg("--initrd")
+        .arg(&bench.guest().initramfs);
+    command
+}
+
+fn check(bench: &Bench, test: &Test, vmlinux: bool) -> Result<()> {
+    let kernel = if vmlinux {
+        bench.guest().vmlinux()?
+    } else {
+        bench.guest().kernel.clone()
+    };
+    let outcome = process::run(
+        &mut command(bench, &kernel, test, "check"),
+        &bench.log(test),
+        test.limit,
+        FATAL,
+    )?;
+    let console = Console(&outcome.output);
+    require_sound(&console, test.cpus)?;
+    console.require("x2apic", "yes")?;
+    console.require("tsc_deadline", "yes")?;
+    if !console.value("clocksources")?.contains("kvm-clock") {
+        bail!("the guest has no kvm-clock");
+    }
+    require_end(&outcome.output, "the guest powered off")?;
+    if outcome.status.code() != Some(0) {
+        bail!("power-off gave {}", outcome.status);
+    }
+    Ok(())
+}
+
+/// Two runs with the same disk: the first ends with a reset, and nothing may be lost between them.
+fn disk(bench: &Bench, test: &Test) -> Result<()> {
+    let image = bench.folder.join(format!("{}.img", test.name));
+    new_disk(&image)?;
+    let log = bench.log(test);
+    let mut sums = Vec::new();
+    for (run, key, end) in [
+        (1, "disk wrote", "the guest reset itself"),
+        (2, "disk read", "the guest powered off"),
+    ] {
+        let mut command = command(bench, &bench.guest().kernel, test, "disk");
+        command.arg("--disk").arg(&image);
+        let log = log.with_extension(format!("{run}.log"));
+        let outcome = process::run(&mut command, &log, test.limit, FATAL)
+            .with_context(|| format!("run {run}, see {}", log.display()))?;
+        let console = Console(&outcome.output);
+        sums.push(console.value(key)?.to_owned());
+        require_end(&outcome.output, end)?;
+        if outcome.status.code() != Some(0) {
+            bail!("run {run} gave {}", outcome.status);
+        }
+    }
+    if sums[0] != sums[1] {
+        bail!("the disk's checksum was {} and is {}", sums[0], sums[1]);
+    }
+    require_disk(&image, &sums[0])?;
+    fs::remove_file(&image).with_context(|| image.display().to_string())
+}
+
+fn require_end(output: &str, end: &str) -> Result<()> {
+    if !output.contains(end) {
+        bail!("anykvm did not say '{end}'");
+    }
+    Ok(())
+}
+
+/// An empty disk of the size that task `disk` wants.
+pub fn new_disk(path: &Path) -> Result<()> {
+    fs::File::create(path)
+        .and_then(|file| file.set_len(DISK_SIZE))
+        .with_context(|| path.display().to_string())
+}
+
+/// Fails unless the data on the disk, as the host sees it, has this checksum and is not all zeroes.
+pub fn require_disk(path: &Path, sum: &str) -> Result<()> {
+    let image = fs::read(path).with_context(|| path.display().to_string())?;
+    if image.len() as u64 != DISK_SIZE {
+        bail!("the disk image has changed its size to {}", image.len());
+    }
+    let data = &image[1 << 20..];
+    if data.iter().all(|byte| *byte == 0) {
+        bail!("nothing was written to the disk image");
+    }
+    let host = md5(data)?;
+    if host != sum {
+        bail!("the guest says that the disk's checksum is {sum}, and it is {host}");
+    }
+    Ok(())
+}
+
+/// The MD5 sum of `data`, by the host's program.
+pub fn md5(data: &[u8]) -> Result<String> {
+    use std::io::Write;
+    use std::process::Stdio;
+
+    let mut child = Command::new("md5sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start md5sum")?;
+    child
+        .stdin
+        .take()
+        .context("md5sum has no input")?
+        .write_all(data)?;
+    let output = child.wait_with_output()?;
+    String::from_utf8_lossy(&output.stdout)
+        .split_whitespace()
+        .next()
+        .map(str::to_owned)
+        .context("md5sum printed nothing")
+}

@@ -1,0 +1,245 @@
+//! `cargo xtask test`: the workspace's own tests, then real kernels in `anykvm boot` and in an
+//! unmodified QEMU, each with a time limit; the guest's console of a failed test is kept.
+
+mod boot;
+mod console;
+mod http;
+mod qemu;
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::guest::{self, Guest};
+use crate::{build, process, progress};
+
+#[derive(clap::Args)]
+pub struct TestArgs {
+    /// Run only tests whose names contain one of these
+    filters: Vec<String>,
+    /// Print the names of the tests and run none
+    #[arg(long)]
+    list: bool,
+    /// How many machines may run at the same time
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+}
+
+/// One test.
+struct Test {
+    name: String,
+    /// Processors that it keeps busy.
+    cpus: usize,
+    limit: Duration,
+    needs: Needs,
+    body: Body,
+}
+
+type Body = Box<dyn Fn(&Bench, &Test) -> Result<()> + Send + Sync>;
+
+/// What has to be there for a test.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Needs {
+    /// Only the source tree.
+    Sources,
+    /// The release build and the guest.
+    Guest,
+    /// QEMU too.
+    Qemu,
+}
+
+/// What tests find prepared.
+struct Bench {
+    anykvm: PathBuf,
+    guest: Option<Guest>,
+    /// Consoles, and disks while a test runs.
+    folder: PathBuf,
+}
+
+impl Bench {
+    fn guest(&self) -> &Guest {
+        self.guest.as_ref().expect("the guest was prepared")
+    }
+
+    /// The file that a test's console is kept in.
+    fn log(&self, test: &Test) -> PathBuf {
+        self.folder.join(format!("{}.log", test.name))
+    }
+}
+
+struct Finished {
+    name: String,
+    result: Result<()>,
+    time: Duration,
+}
+
+pub fn run(args: &TestArgs) -> Result<ExitCode> {
+    let mut tests = vec![Test {
+        name: "workspace".to_owned(),
+        cpus: usize::MAX,
+        limit: Duration::from_secs(40 * 60),
+        needs: Needs::Sources,
+        body: Box::new(workspace_tests),
+    }];
+    tests.extend(boot::tests());
+    tests.extend(qemu::tests());
+    tests.retain(|test| {
+        args.filters.is_empty() || args.filters.iter().any(|filter| test.name.contains(filter))
+    });
+    if args.list {
+        for test in &tests {
+            println!("{}", test.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if tests.is_empty() {
+        bail!("no test has such a name");
+    }
+
+    let bench = prepare(&tests)?;
+    let finished = run_all(&bench, tests, args.jobs.max(1));
+    Ok(report(&bench, &finished))
+}
+
+fn prepare(tests: &[Test]) -> Result<Bench> {
+    let need = |what| tests.iter().any(|test| test.needs == what);
+    let folder = build::target().join("e2e");
+    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let mut bench = Bench {
+        anykvm: PathBuf::new(),
+        guest: None,
+        folder,
+    };
+    if need(Needs::Guest) || need(Needs::Qemu) {
+        bench.guest = Some(Guest::prepare()?);
+        bench.anykvm = build::anykvm()?;
+    }
+    if need(Needs::Qemu) {
+        guest::require_qemu()?;
+    }
+    Ok(bench)
+}
+
+/// Runs the tests in order, as many side by side as there are jobs for their processors.
+fn run_all(bench: &Bench, tests: Vec<Test>, jobs: usize) -> Vec<Finished> {
+    let mut queue: VecDeque<_> = tests.into_iter().collect();
+    let mut finished = Vec::new();
+    while let Some(first) = queue.pop_front() {
+        let mut group = vec![first];
+        let mut busy = group[0].cpus;
+        while let Some(next) = queue.front()
+            && busy.saturating_add(next.cpus) <= jobs
+        {
+            busy += next.cpus;
+            group.extend(queue.pop_front());
+        }
+        finished.extend(run_group(bench, group));
+    }
+    finished
+}
+
+fn run_group(bench: &Bench, group: Vec<Test>) -> Vec<Finished> {
+    let finished = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for test in &group {
+            scope.spawn(|| {
+                let start = Instant::now();
+                let result = (test.body)(bench, test);
+                let time = start.elapsed();
+                progress(&format!(
+                    "{:<28} {} ({:.1} s)",
+                    test.name,
+                    match &result {
+                        Ok(()) => "passed".to_owned(),
+                        Err(error) => format!("FAILED: {error:#}"),
+                    },
+                    time.as_secs_f64()
+                ));
+                finished.lock().unwrap().push(Finished {
+                    name: test.name.clone(),
+                    result,
+                    time,
+                });
+            });
+        }
+    });
+    finished.into_inner().unwrap()
+}
+
+/// The table, and the closing line that says it all.
+fn report(bench: &Bench, finished: &[Finished]) -> ExitCode {
+    println!();
+    println!("{:<28} {:<7} {:>8}", "test", "result", "time");
+    for test in finished {
+        let result = if test.result.is_ok() { "pass" } else { "FAIL" };
+        println!(
+            "{:<28} {result:<7} {:>6.1} s",
+            test.name,
+            test.time.as_secs_f64()
+        );
+    }
+    let failures: Vec<_> = finished
+        .iter()
+        .filter(|test| test.result.is_err())
+        .collect();
+    for test in &failures {
+        if let Err(error) = &test.result {
+            println!();
+            println!("{}: {error:#}", test.name);
+            println!(
+                "    its output is in {}",
+                bench.folder.join(format!("{}.log", test.name)).display()
+            );
+        }
+    }
+    println!();
+    println!(
+        "{} passed, {} failed",
+        finished.len() - failures.len(),
+        failures.len()
+    );
+    if failures.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// Unit tests, API tests and documentation tests of every crate.
+fn workspace_tests(bench: &Bench, test: &Test) -> Result<()> {
+    progress("unit and API tests of the workspace");
+    let log = bench.log(test);
+    let outcome = process::run(
+        build::cargo().args(["test", "--workspace", "--no-fail-fast"]),
+        &log,
+        test.limit,
+        &[],
+    )?;
+    for line in outcome.output.lines() {
+        let line = line.trim_start();
+        if line.starts_with("Running") || line.starts_with("Doc-tests") {
+            println!("{line}");
+        } else if line.starts_with("test result:") {
+            println!("    {line}");
+        }
+    }
+    if !outcome.status.success() {
+        for line in outcome.output.lines().filter(|line| is_complaint(line)) {
+            println!("{line}");
+        }
+        bail!("cargo test failed");
+    }
+    Ok(())
+}
+
+/// A line of cargo's output that says what is wrong.
+fn is_complaint(line: &str) -> bool {
+    line.starts_with("error")
+        || line.contains("panicked at")
+        || (line.starts_with("test ") && line.ends_with("FAILED"))
+}

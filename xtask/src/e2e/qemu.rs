@@ -1,0 +1,193 @@
+//! Debian's unmodified QEMU with `-accel kvm`, under `anykvm run`.
+
+use std::fs;
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::boot::{md5, new_disk, require_disk};
+use super::console::{Console, FATAL, require_sound};
+use super::{Bench, Needs, Test, http};
+use crate::process::{self, Outcome};
+
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Where the interrupt controllers are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Irqchip {
+    On,
+    Split,
+    Off,
+}
+
+impl Irqchip {
+    fn name(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Split => "split",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// Machine type, processors, interrupt controllers: each machine type with every kind of interrupt
+/// controllers, each with one and with two processors.
+const MACHINES: &[(&str, usize, Irqchip)] = &[
+    ("microvm", 1, Irqchip::On),
+    ("microvm", 1, Irqchip::Split),
+    ("pc", 1, Irqchip::On),
+    ("pc", 1, Irqchip::Off),
+    ("q35", 1, Irqchip::Split),
+    ("q35", 1, Irqchip::Off),
+    ("microvm", 2, Irqchip::On),
+    ("microvm", 2, Irqchip::Off),
+    ("pc", 2, Irqchip::Split),
+    ("q35", 2, Irqchip::On),
+];
+
+pub fn tests() -> Vec<Test> {
+    let mut tests: Vec<Test> = MACHINES
+        .iter()
+        .map(|&(machine, cpus, irqchip)| Test {
+            name: format!("qemu-{machine}-smp{cpus}-{}", irqchip.name()),
+            cpus,
+            limit: LIMIT,
+            needs: Needs::Qemu,
+            body: Box::new(move |bench, test| check(bench, test, machine, irqchip)),
+        })
+        .collect();
+    for machine in ["microvm", "q35"] {
+        tests.push(Test {
+            name: format!("qemu-disk-{machine}"),
+            cpus: 1,
+            limit: LIMIT * 2,
+            needs: Needs::Qemu,
+            body: Box::new(move |bench, test| disk(bench, test, machine)),
+        });
+    }
+    for machine in ["microvm", "pc"] {
+        tests.push(Test {
+            name: format!("qemu-net-{machine}"),
+            cpus: 1,
+            limit: LIMIT,
+            needs: Needs::Qemu,
+            body: Box::new(move |bench, test| net(bench, test, machine)),
+        });
+    }
+    tests
+}
+
+/// QEMU as a user would start it; pc and q35 keep their default VGA card.
+fn qemu(bench: &Bench, test: &Test, machine: &str, irqchip: Irqchip, parameters: &str) -> Command {
+    let mut command = Command::new(&bench.anykvm);
+    command
+        .args(["run", "--backend", "soft", "--", "qemu-system-x86_64"])
+        .args(["-M", machine, "-cpu", "host", "-m", "512"])
+        .args(["-accel", &format!("kvm,kernel-irqchip={}", irqchip.name())])
+        .args(["-smp", &test.cpus.to_string()])
+        .args(["-display", "none", "-serial", "stdio", "-monitor", "none"])
+        .args(["-append", &format!("console=ttyS0 {parameters}")])
+        .arg("-kernel")
+        .arg(&bench.guest().kernel)
+        .arg("-initrd")
+        .arg(&bench.guest().initramfs);
+    command
+}
+
+fn run(bench: &Bench, test: &Test, command: &mut Command) -> Result<Outcome> {
+    let outcome = process::run(command, &bench.log(test), test.limit, FATAL)?;
+    if !outcome.status.success() {
+        let last = outcome.output.lines().next_back().unwrap_or_default();
+        bail!("QEMU ended with {}: {}", outcome.status, last.trim_end());
+    }
+    Ok(outcome)
+}
+
+fn check(bench: &Bench, test: &Test, machine: &str, irqchip: Irqchip) -> Result<()> {
+    let mut command = qemu(bench, test, machine, irqchip, "anykvm.task=check");
+    command.args(["-nic", "none", "-no-reboot"]);
+    let outcome = run(bench, test, &mut command)?;
+    let console = Console(&outcome.output);
+    require_sound(&console, test.cpus)?;
+    console.require("clocksource", "kvm-clock")?;
+    // Without an APIC in KVM these are QEMU's to offer, and QEMU 7.2 has neither.
+    let apic = if irqchip == Irqchip::Off { "no" } else { "yes" };
+    console.require("x2apic", apic)?;
+    console.require("tsc_deadline", apic)?;
+    if !outcome.output.contains("reboot: Power down") {
+        bail!("the guest did not power off");
+    }
+    Ok(())
+}
+
+/// One run of QEMU, in which the guest reboots: random data written, and the same after the reboot.
+fn disk(bench: &Bench, test: &Test, machine: &str) -> Result<()> {
+    let image = bench.folder.join(format!("{}.img", test.name));
+    new_disk(&image)?;
+    let mut command = qemu(bench, test, machine, Irqchip::On, "anykvm.task=disk");
+    let device = device("virtio-blk", machine, "drive=disk");
+    command
+        .args(["-nic", "none"])
+        .args([
+            "-drive",
+            &format!("if=none,id=disk,format=raw,file={}", image.display()),
+        ])
+        .args(["-device", &device]);
+    let outcome = run(bench, test, &mut command)?;
+    let console = Console(&outcome.output);
+    console.require_done("disk")?;
+    let sum = console.value("disk wrote")?;
+    console.require("disk read", sum)?;
+    console.require("disk", "same")?;
+    require_disk(&image, sum)?;
+    fs::remove_file(&image).with_context(|| image.display().to_string())
+}
+
+/// The guest fetches a file from the host.
+fn net(bench: &Bench, test: &Test, machine: &str) -> Result<()> {
+    let (port, sum) = served()?;
+    let parameters = format!("anykvm.task=net anykvm.url=http://10.0.2.2:{port}/file");
+    let mut command = qemu(bench, test, machine, Irqchip::On, &parameters);
+    command
+        .args(["-netdev", "user,id=net"])
+        .args([
+            "-device",
+            &device("virtio-net", machine, "netdev=net,romfile="),
+        ])
+        .arg("-no-reboot");
+    let outcome = run(bench, test, &mut command)?;
+    let console = Console(&outcome.output);
+    console.require_done("net")?;
+    console.require("net md5", &sum)
+}
+
+/// A virtio device on the machine's bus. Option ROMs are a thing of PCI.
+fn device(kind: &str, machine: &str, options: &str) -> String {
+    if machine == "microvm" {
+        format!("{kind}-device,{}", options.trim_end_matches(",romfile="))
+    } else {
+        format!("{kind}-pci,{options}")
+    }
+}
+
+/// Port and checksum of the file that guests fetch: 4 MiB that look random (xorshift64*).
+fn served() -> Result<(u16, String)> {
+    static SERVED: OnceLock<(u16, String)> = OnceLock::new();
+    if let Some(served) = SERVED.get() {
+        return Ok(served.clone());
+    }
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let body: Vec<u8> = (0..(4 << 20) / 8)
+        .flat_map(|_| {
+            state ^= state >> 12;
+            state ^= state << 25;
+            state ^= state >> 27;
+            state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes()
+        })
+        .collect();
+    let sum = md5(&body)?;
+    let port = http::serve(body)?;
+    Ok(SERVED.get_or_init(|| (port, sum)).clone())
+}
