@@ -58,6 +58,8 @@ pub struct Cpu {
     pub counters: Counters,
     /// Guest debugging.
     pub guest_debug: GuestDebug,
+    /// CPUID as the owner gave it.
+    pub cpuid: crate::cpuid::CpuidTable,
     /// Physical-address bits (CPUID leaf 0x80000008): above them page-table bits are reserved.
     pub phys_bits: u8,
     /// The instruction trace, when one is wanted (`ANYKVM_TRACE`).
@@ -106,12 +108,14 @@ impl Cpu {
         requests: Arc<Requests>,
     ) -> Self {
         let participant = memory.join(requests.clone());
+        let cpuid = crate::cpuid::CpuidTable::default();
         let mut cpu = Self {
             state: CpuState::new(),
             io: Io::default(),
             counters: Counters::default(),
             guest_debug: GuestDebug::default(),
-            phys_bits: 36,
+            phys_bits: cpuid.phys_bits(),
+            cpuid,
             trace: Trace::from_env(),
             machine,
             map: memory.map(0),
@@ -206,6 +210,11 @@ impl Cpu {
     pub(crate) fn recheck_events(&mut self) {
         self.check_events = true;
         self.leave = true;
+    }
+    /// Leaves the run loop behind this instruction, which has completed.
+    pub(crate) fn exit_behind(&mut self, exit: Exit) {
+        self.exit = Some(exit);
+        self.recheck_events();
     }
     /// Sets the interrupt shadow for the next instruction. A shadow that was in force already is
     /// not extended (SDM Vol. 3, 6.8.3).

@@ -96,6 +96,10 @@ impl Cpu {
     /// Delivers what is pending and deliverable, in the order of SDM Vol. 3, table 6-2.
     fn serve_events(&mut self) -> Step {
         self.check_events = false;
+        if let Some(exit) = self.exit.take() {
+            self.check_events = true;
+            return Err(exit);
+        }
         if self.state.events.triple_fault {
             self.state.events.triple_fault = false;
             return Err(Exit::Shutdown);
@@ -151,15 +155,28 @@ impl Cpu {
 
     /// Delivers the pending or injected exception.
     fn deliver_exception(&mut self) -> Step {
-        Err(Self::delivery_failed(self.state.events.exception.vector))
+        let vector = self.state.events.exception.vector;
+        let done = self.inject_exception();
+        self.delivered(done, vector)
     }
     /// Delivers the injected NMI.
     fn deliver_nmi(&mut self) -> Step {
-        Err(Self::delivery_failed(vector::NMI))
+        let done = self.inject_nmi();
+        self.delivered(done, vector::NMI)
     }
     /// Delivers the injected interrupt.
     fn deliver_interrupt(&mut self) -> Step {
-        Err(Self::delivery_failed(self.state.events.interrupt.vector))
+        let vector = self.state.events.interrupt.vector;
+        let done = self.inject_interrupt();
+        self.delivered(done, vector)
+    }
+    /// After a delivery, whichever way it went, events are looked at again.
+    fn delivered(&mut self, done: Result<(), Stop>, vector: u8) -> Step {
+        self.check_events = true;
+        self.state.events.shadow = 0;
+        self.counters.events += 1;
+        self.exit = None;
+        done.map_err(|_| Self::delivery_failed(vector))
     }
     fn delivery_failed(vector: u8) -> Exit {
         Exit::InternalError(InternalError::DeliveryEvent { vector })

@@ -21,6 +21,7 @@ mod simd_masked;
 mod simd_state;
 mod stack;
 mod string;
+mod system;
 mod x87;
 
 use crate::cpu::Cpu;
@@ -41,6 +42,7 @@ const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
     muldiv::select,
     string::select,
     bcd::select,
+    system::select,
     io::select,
     x87::select,
     simd_state::select,

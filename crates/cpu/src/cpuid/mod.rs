@@ -1,0 +1,435 @@
+//! CPUID: the table a processor answers from, how a leaf is found in it, and the bits that follow
+//! the processor's state (SDM Vol. 2, CPUID; look-up rules as Linux's `arch/x86/kvm/cpuid.c`).
+
+mod supported;
+
+pub use supported::supported;
+
+use crate::cpu::Cpu;
+use crate::decode::Insn;
+use crate::exit::Stop;
+use crate::state::{CpuState, XsaveArea, cr4, efer, reg};
+
+/// One leaf or sub-leaf (`struct kvm_cpuid_entry2`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuidEntry {
+    /// Leaf (EAX on input).
+    pub function: u32,
+    /// Sub-leaf (ECX on input), where it is significant.
+    pub index: u32,
+    /// The leaf has sub-leaves.
+    pub significant_index: bool,
+    /// EAX.
+    pub eax: u32,
+    /// EBX.
+    pub ebx: u32,
+    /// ECX.
+    pub ecx: u32,
+    /// EDX.
+    pub edx: u32,
+}
+
+/// A register of CPUID's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Register {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+/// A feature flag: leaf, sub-leaf, register, bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Feature(pub u32, pub u32, pub Register, pub u32);
+
+/// The features whose presence changes what the processor does.
+#[allow(missing_docs)]
+pub mod feature {
+    use super::Feature;
+    use super::Register::{Eax, Ebx, Ecx, Edx};
+    pub const VME: Feature = Feature(1, 0, Edx, 1);
+    pub const DE: Feature = Feature(1, 0, Edx, 2);
+    pub const PSE: Feature = Feature(1, 0, Edx, 3);
+    pub const TSC: Feature = Feature(1, 0, Edx, 4);
+    pub const PAE: Feature = Feature(1, 0, Edx, 6);
+    pub const MCE: Feature = Feature(1, 0, Edx, 7);
+    pub const PGE: Feature = Feature(1, 0, Edx, 13);
+    pub const FXSR: Feature = Feature(1, 0, Edx, 24);
+    pub const SSE: Feature = Feature(1, 0, Edx, 25);
+    pub const MWAIT: Feature = Feature(1, 0, Ecx, 3);
+    pub const PCID: Feature = Feature(1, 0, Ecx, 17);
+    pub const X2APIC: Feature = Feature(1, 0, Ecx, 21);
+    pub const TSC_DEADLINE: Feature = Feature(1, 0, Ecx, 24);
+    pub const XSAVE: Feature = Feature(1, 0, Ecx, 26);
+    pub const FSGSBASE: Feature = Feature(7, 0, Ebx, 0);
+    pub const TSC_ADJUST: Feature = Feature(7, 0, Ebx, 1);
+    pub const SMEP: Feature = Feature(7, 0, Ebx, 7);
+    pub const INVPCID: Feature = Feature(7, 0, Ebx, 10);
+    pub const SMAP: Feature = Feature(7, 0, Ebx, 20);
+    pub const UMIP: Feature = Feature(7, 0, Ecx, 2);
+    pub const PKU: Feature = Feature(7, 0, Ecx, 3);
+    pub const WAITPKG: Feature = Feature(7, 0, Ecx, 5);
+    pub const LA57: Feature = Feature(7, 0, Ecx, 16);
+    pub const RDPID: Feature = Feature(7, 0, Ecx, 22);
+    pub const SPEC_CTRL: Feature = Feature(7, 0, Edx, 26);
+    pub const STIBP: Feature = Feature(7, 0, Edx, 27);
+    pub const FLUSH_L1D: Feature = Feature(7, 0, Edx, 28);
+    pub const ARCH_CAPABILITIES: Feature = Feature(7, 0, Edx, 29);
+    pub const SSBD: Feature = Feature(7, 0, Edx, 31);
+    pub const XGETBV1: Feature = Feature(0xd, 1, Eax, 2);
+    pub const SYSCALL: Feature = Feature(0x8000_0001, 0, Edx, 11);
+    pub const NX: Feature = Feature(0x8000_0001, 0, Edx, 20);
+    pub const FFXSR: Feature = Feature(0x8000_0001, 0, Edx, 25);
+    pub const RDTSCP: Feature = Feature(0x8000_0001, 0, Edx, 27);
+    pub const LM: Feature = Feature(0x8000_0001, 0, Edx, 29);
+    pub const AMD_IBPB: Feature = Feature(0x8000_0008, 0, Ebx, 12);
+    pub const AMD_IBRS: Feature = Feature(0x8000_0008, 0, Ebx, 14);
+    pub const AMD_STIBP: Feature = Feature(0x8000_0008, 0, Ebx, 15);
+    pub const AMD_SSBD: Feature = Feature(0x8000_0008, 0, Ebx, 24);
+    pub const VIRT_SSBD: Feature = Feature(0x8000_0008, 0, Ebx, 25);
+}
+
+/// The CPUID of one processor, with what is asked often kept beside it.
+#[derive(Clone, Debug)]
+pub struct CpuidTable {
+    entries: Vec<CpuidEntry>,
+    amd: bool,
+    phys_bits: u8,
+    cr4_reserved: u64,
+    efer_valid: u64,
+    xcr0_supported: u64,
+    smap: bool,
+    invpcid: bool,
+}
+
+impl Default for CpuidTable {
+    /// Until CPUID is set, the processor has everything this crate implements.
+    fn default() -> Self {
+        Self::new(supported())
+    }
+}
+
+/// CR4 bits that exist without a CPUID flag this crate looks at.
+const CR4_ALWAYS: u64 = cr4::TSD | cr4::PCE | cr4::OSXMMEXCPT;
+
+/// CR4 bits and the feature each needs.
+const CR4_FEATURES: &[(u64, Feature)] = &[
+    (cr4::VME | cr4::PVI, feature::VME),
+    (cr4::DE, feature::DE),
+    (cr4::PSE, feature::PSE),
+    (cr4::PAE, feature::PAE),
+    (cr4::MCE, feature::MCE),
+    (cr4::PGE, feature::PGE),
+    (cr4::OSFXSR, feature::FXSR),
+    (cr4::UMIP, feature::UMIP),
+    (cr4::LA57, feature::LA57),
+    (cr4::FSGSBASE, feature::FSGSBASE),
+    (cr4::PCIDE, feature::PCID),
+    (cr4::OSXSAVE, feature::XSAVE),
+    (cr4::SMEP, feature::SMEP),
+    (cr4::SMAP, feature::SMAP),
+    (cr4::PKE, feature::PKU),
+];
+
+/// EFER bits and the feature each needs.
+const EFER_FEATURES: &[(u64, Feature)] = &[
+    (efer::SCE, feature::SYSCALL),
+    (efer::LME | efer::LMA, feature::LM),
+    (efer::NX, feature::NX),
+    (efer::FFXSR, feature::FFXSR),
+];
+
+impl CpuidTable {
+    /// A table of entries.
+    pub fn new(entries: Vec<CpuidEntry>) -> Self {
+        let mut t = Self {
+            entries,
+            amd: false,
+            phys_bits: 36,
+            cr4_reserved: 0,
+            efer_valid: 0,
+            xcr0_supported: 1,
+            smap: false,
+            invpcid: false,
+        };
+        let of = |t: &Self, table: &[(u64, Feature)]| {
+            table
+                .iter()
+                .filter(|(_, f)| t.has(*f))
+                .fold(0, |bits, (b, _)| bits | b)
+        };
+        t.amd = t.find(0, 0).is_some_and(|e| {
+            [(0x6874_7541, 0x444d_4163), (0x6f67_7948, 0x656e_6975)].contains(&(e.ebx, e.ecx))
+        });
+        // SDM Vol. 3, 4.1.4: without leaf 0x80000008, 36 bits with PAE.
+        t.phys_bits = t
+            .find(0x8000_0008, 0)
+            .map_or(36, |e| (e.eax as u8).clamp(32, 52));
+        t.cr4_reserved = !(CR4_ALWAYS | of(&t, CR4_FEATURES));
+        t.efer_valid = of(&t, EFER_FEATURES);
+        t.xcr0_supported = t
+            .find(0xd, 0)
+            .map_or(0, |e| u64::from(e.edx) << 32 | u64::from(e.eax));
+        t.smap = t.has(feature::SMAP);
+        t.invpcid = t.has(feature::INVPCID);
+        t
+    }
+
+    /// The entries.
+    pub fn entries(&self) -> &[CpuidEntry] {
+        &self.entries
+    }
+
+    /// The entry of exactly this leaf and sub-leaf.
+    pub fn find(&self, function: u32, index: u32) -> Option<&CpuidEntry> {
+        self.entries
+            .iter()
+            .find(|e| e.function == function && (!e.significant_index || e.index == index))
+    }
+
+    /// Whether a feature flag is set.
+    pub fn has(&self, f: Feature) -> bool {
+        let Feature(function, index, register, bit) = f;
+        self.find(function, index).is_some_and(|e| {
+            let value = match register {
+                Register::Eax => e.eax,
+                Register::Ebx => e.ebx,
+                Register::Ecx => e.ecx,
+                Register::Edx => e.edx,
+            };
+            value >> bit & 1 != 0
+        })
+    }
+
+    /// The vendor is AMD (or Hygon): decides where SYSCALL and SYSENTER exist.
+    pub fn is_amd(&self) -> bool {
+        self.amd
+    }
+    /// Width of physical addresses.
+    pub fn phys_bits(&self) -> u8 {
+        self.phys_bits
+    }
+    /// CR4 bits that are reserved for this processor.
+    pub fn cr4_reserved(&self) -> u64 {
+        self.cr4_reserved
+    }
+    /// EFER bits that exist for this processor.
+    pub fn efer_valid(&self) -> u64 {
+        self.efer_valid
+    }
+    /// XCR0 bits that may be set.
+    pub fn xcr0_supported(&self) -> u64 {
+        self.xcr0_supported
+    }
+    /// SMAP, and with it CLAC and STAC.
+    pub fn has_smap(&self) -> bool {
+        self.smap
+    }
+    /// INVPCID.
+    pub fn has_invpcid(&self) -> bool {
+        self.invpcid
+    }
+
+    /// What CPUID returns in EAX, EBX, ECX, EDX. `apic_enabled`: IA32_APIC_BASE.EN.
+    pub fn cpuid(&self, s: &CpuState, apic_enabled: bool, function: u32, index: u32) -> [u32; 4] {
+        let entry = self.find(function, index).or_else(|| {
+            let function = self.out_of_range(function)?;
+            self.find(function, index)
+        });
+        let Some(e) = entry else {
+            return self.absent_subleaf(function, index);
+        };
+        let mut out = [e.eax, e.ebx, e.ecx, e.edx];
+        dynamic_bits(s, apic_enabled, e, &mut out);
+        out
+    }
+
+    /// Intel processors answer leaves beyond the maximum of their class with the data of the
+    /// highest basic leaf; AMD's answer zero.
+    fn out_of_range(&self, function: u32) -> Option<u32> {
+        let basic = self.find(0, 0)?;
+        if self.amd {
+            return None;
+        }
+        // A hypervisor's own ranges start at multiples of 0x100; an absent one counts as basic.
+        let class = if (0x4000_0000..0x5000_0000).contains(&function) {
+            self.find(function & 0xffff_ff00, 0)
+        } else if function >= 0xc000_0000 {
+            self.find(0xc000_0000, 0)
+        } else {
+            self.find(function & 0x8000_0000, 0)
+        };
+        if class.is_some_and(|c| function <= c.eax) {
+            return None;
+        }
+        Some(basic.eax)
+    }
+
+    /// Sub-leaves beyond the last of leaves 0xB and 0x1F still return the x2APIC id in EDX and the
+    /// index in CL.
+    fn absent_subleaf(&self, function: u32, index: u32) -> [u32; 4] {
+        if function != 0xb && function != 0x1f {
+            return [0; 4];
+        }
+        match self.find(function, 1) {
+            Some(e) => [0, 0, index & 0xff, e.edx],
+            None => [0; 4],
+        }
+    }
+}
+
+/// The bits that follow CR4, XCR0 and IA32_APIC_BASE.
+fn dynamic_bits(s: &CpuState, apic_enabled: bool, e: &CpuidEntry, out: &mut [u32; 4]) {
+    let mut set = |register: usize, bit: u32, on: bool| {
+        out[register] = out[register] & !(1 << bit) | u32::from(on) << bit;
+    };
+    match (e.function, e.index) {
+        (1, _) => {
+            set(2, 27, s.cr4 & cr4::OSXSAVE != 0);
+            set(3, 9, apic_enabled);
+            // MWAIT follows IA32_MISC_ENABLE.MONITOR.
+            if e.ecx >> 3 & 1 != 0 {
+                set(2, 3, s.msr.misc_enable >> 18 & 1 != 0);
+            }
+        }
+        (7, 0) => set(2, 4, s.cr4 & cr4::PKE != 0),
+        (0x8000_0001, _) if e.edx >> 9 & 1 != 0 => set(3, 9, apic_enabled),
+        (0xd, 0) => out[1] = xsave_size(s.xcr0),
+        (0xd, 1) if e.eax & 0b1010 != 0 => out[1] = compacted_size(s.xcr0 | s.msr.xss),
+        _ => {}
+    }
+}
+
+/// State components of the XSAVE area: bit, offset, size (SDM Vol. 1, 13.5).
+pub const XSAVE_COMPONENTS: [(u32, u32, u32); 5] = [
+    (2, XsaveArea::YMM_HI as u32, 256),
+    (5, XsaveArea::OPMASK as u32, 64),
+    (6, XsaveArea::ZMM_HI as u32, 512),
+    (7, XsaveArea::HI16_ZMM as u32, 1024),
+    (9, XsaveArea::PKRU as u32, 8),
+];
+
+/// Legacy region and header.
+const XSAVE_MIN: u32 = 576;
+
+/// Bytes of a standard-format XSAVE area for these components.
+pub fn xsave_size(xcr0: u64) -> u32 {
+    XSAVE_COMPONENTS
+        .iter()
+        .filter(|(bit, ..)| xcr0 >> bit & 1 != 0)
+        .map(|(_, offset, size)| offset + size)
+        .fold(XSAVE_MIN, u32::max)
+}
+
+/// Bytes of a compacted XSAVE area for these components.
+pub fn compacted_size(components: u64) -> u32 {
+    XSAVE_COMPONENTS
+        .iter()
+        .filter(|(bit, ..)| components >> bit & 1 != 0)
+        .fold(XSAVE_MIN, |total, (_, _, size)| total + size)
+}
+
+/// CPUID. With CPUID faulting enabled it is #GP outside CPL 0; this crate does not offer that.
+pub(crate) fn execute(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
+    let function = cpu.state.regs[reg::RAX] as u32;
+    let index = cpu.state.regs[reg::RCX] as u32;
+    let apic_enabled = cpu.apic_enabled();
+    let out = cpu.cpuid.cpuid(&cpu.state, apic_enabled, function, index);
+    for (register, value) in [reg::RAX, reg::RBX, reg::RCX, reg::RDX]
+        .into_iter()
+        .zip(out)
+    {
+        cpu.state.regs[register] = value.into();
+    }
+    Ok(())
+}
+
+impl Cpu {
+    /// IA32_APIC_BASE.EN.
+    fn apic_enabled(&self) -> bool {
+        const APIC_BASE: u32 = 0x1b;
+        match self.machine.read_msr(&self.state, APIC_BASE) {
+            crate::machine::MsrResult::Done(base) => base >> 11 & 1 != 0,
+            _ => true,
+        }
+    }
+
+    /// Gives the processor its CPUID; what depends on it follows.
+    pub fn set_cpuid(&mut self, table: CpuidTable) {
+        self.phys_bits = table.phys_bits();
+        self.cpuid = table;
+        self.flush_tlb();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, eax: u32) -> CpuidEntry {
+        CpuidEntry {
+            function,
+            eax,
+            ..CpuidEntry::default()
+        }
+    }
+
+    fn intel() -> CpuidTable {
+        let vendor = CpuidEntry {
+            ebx: 0x756e_6547,
+            edx: 0x4965_6e69,
+            ecx: 0x6c65_746e,
+            ..entry(0, 0xd)
+        };
+        CpuidTable::new(vec![
+            vendor,
+            entry(1, 0x600),
+            CpuidEntry {
+                significant_index: true,
+                ..entry(0xd, 7)
+            },
+            CpuidEntry {
+                index: 1,
+                edx: 5,
+                significant_index: true,
+                ..entry(0xb, 1)
+            },
+            entry(0x8000_0000, 0x8000_0008),
+            entry(0x8000_0008, 0x3027),
+        ])
+    }
+
+    // SDM Vol. 2, CPUID: "If a value entered for CPUID.EAX is higher than the maximum …".
+    #[test]
+    fn beyond_the_last_leaf() {
+        let s = CpuState::new();
+        let t = intel();
+        assert_eq!(t.cpuid(&s, true, 0x20, 0)[0], 7);
+        assert_eq!(t.cpuid(&s, true, 0x8000_0009, 0)[0], 7);
+        // In range but absent: zero.
+        assert_eq!(t.cpuid(&s, true, 5, 0), [0; 4]);
+        assert_eq!(t.cpuid(&s, true, 0xb, 9), [0, 0, 9, 5]);
+        assert_eq!(t.phys_bits(), 39);
+    }
+
+    #[test]
+    fn dynamic_bits_follow_the_state() {
+        let mut s = CpuState::new();
+        let t = intel();
+        assert_eq!(t.cpuid(&s, false, 1, 0)[2] >> 27 & 1, 0);
+        s.cr4 |= cr4::OSXSAVE;
+        assert_eq!(t.cpuid(&s, true, 1, 0)[2] >> 27 & 1, 1);
+        assert_eq!(t.cpuid(&s, true, 1, 0)[3] >> 9 & 1, 1);
+        assert_eq!(t.cpuid(&s, true, 0xd, 0)[1], 576);
+        s.xcr0 = 7;
+        assert_eq!(t.cpuid(&s, true, 0xd, 0)[1], 832);
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(xsave_size(3), 576);
+        assert_eq!(xsave_size(0xe7), 2688);
+        assert_eq!(compacted_size(0xe7), 2688 - (1088 - 832));
+    }
+}

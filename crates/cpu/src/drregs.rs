@@ -1,0 +1,74 @@
+//! MOV to and from the debug registers (SDM Vol. 3, 18.2). What breakpoints hit is in
+//! [`crate::debug`].
+
+use crate::cpu::Cpu;
+use crate::decode::Insn;
+use crate::events::vector;
+use crate::exit::{Fault, Stop};
+use crate::state::cr4;
+use iced_x86::Register;
+
+/// DR7.GD: the next access to a debug register is a #DB.
+const DR7_GD: u64 = 1 << 13;
+/// DR6.BD: that #DB's cause.
+const DR6_BD: u64 = 1 << 13;
+/// DR6 bits that are always 1 and those that may be changed.
+const DR6_FIXED: u64 = 0xffff_0ff0;
+const DR6_WRITABLE: u64 = 0xe00f;
+/// DR7 bits that are always 1 and those that may be changed.
+const DR7_FIXED: u64 = 0x400;
+const DR7_WRITABLE: u64 = 0xffff_23ff;
+
+/// The register a MOV DR means (4 and 5 are 6 and 7 without CR4.DE), after the checks common to
+/// reads and writes.
+fn debug_register(cpu: &mut Cpu, r: Register) -> Result<u8, Stop> {
+    let n = r.number() as u8;
+    if n > 7 || matches!(n, 4 | 5) && cpu.state.cr4 & cr4::DE != 0 {
+        return Err(cpu.ud());
+    }
+    cpu.require_cpl0()?;
+    if cpu.state.dr7 & DR7_GD != 0 {
+        return Err(cpu.raise(Fault {
+            vector: vector::DB,
+            error_code: None,
+            payload: DR6_BD,
+            trap: false,
+        }));
+    }
+    Ok(if matches!(n, 4 | 5) { n + 2 } else { n })
+}
+
+/// MOV r32/r64, DRn.
+pub(crate) fn mov_from_dr(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    let n = debug_register(cpu, insn.raw.op1_register())?;
+    let value = match n {
+        6 => cpu.state.dr6,
+        7 => cpu.state.dr7,
+        _ => cpu.state.db[usize::from(n & 3)],
+    };
+    let mask = if cpu.state.code64() {
+        u64::MAX
+    } else {
+        0xffff_ffff
+    };
+    cpu.state.regs[insn.op0] = value & mask;
+    Ok(())
+}
+
+/// MOV DRn, r32/r64.
+pub(crate) fn mov_to_dr(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    let n = debug_register(cpu, insn.raw.op0_register())?;
+    let code64 = cpu.state.code64();
+    let value = cpu.state.regs[insn.op1] & if code64 { u64::MAX } else { 0xffff_ffff };
+    if n >= 6 && value >> 32 != 0 {
+        return Err(cpu.gp0());
+    }
+    match n {
+        6 => cpu.state.dr6 = value & DR6_WRITABLE | DR6_FIXED,
+        7 => cpu.state.dr7 = value & DR7_WRITABLE | DR7_FIXED,
+        _ => cpu.state.db[usize::from(n & 3)] = value,
+    }
+    // Watched pages have no fast TLB entries.
+    cpu.flush_tlb_rights();
+    Ok(())
+}
