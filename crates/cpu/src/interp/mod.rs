@@ -23,6 +23,7 @@ mod stack;
 mod string;
 mod system;
 mod x87;
+mod xsave;
 
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
@@ -47,6 +48,7 @@ const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
     x87::select,
     simd_state::select,
     simd_masked::select,
+    xsave::select,
 ];
 
 /// The function that executes an instruction; `None` if none does.

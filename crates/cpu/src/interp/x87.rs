@@ -15,7 +15,7 @@ use crate::decode::{Handler, Insn};
 use crate::events::vector;
 use crate::exit::Stop;
 use crate::mode::Mode;
-use crate::state::{cr0, reg, seg};
+use crate::state::{XsaveArea, cr0, reg, seg};
 
 /// Offsets in the legacy region (SDM Vol. 1, table 10-2).
 mod at {
@@ -28,7 +28,8 @@ mod at {
     pub const ST: usize = 32;
 }
 
-const FCW_INIT: u16 = 0x37f;
+/// FCW after FNINIT.
+pub const FCW_INIT: u16 = 0x37f;
 /// FCW bits that can be set; bit 6 always is.
 const FCW_BITS: u16 = 0x1f3f;
 const FCW_FIXED: u16 = 0x40;
@@ -178,20 +179,22 @@ fn frstor(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
 
 /// Sets FCW and the exception summary that follows from it.
 fn set_control(cpu: &mut Cpu, fcw: u16) {
-    let x = &mut cpu.state.xsave;
-    x.set_u16(at::FCW, fcw & FCW_BITS | FCW_FIXED);
-    summarise(cpu);
+    cpu.state.xsave.set_u16(at::FCW, fcw);
+    normalise(&mut cpu.state.xsave);
 }
 
-/// ES and B: whether an unmasked exception is pending.
-fn summarise(cpu: &mut Cpu) {
-    let x = &mut cpu.state.xsave;
+/// Makes control and status words loaded from memory what the registers hold: FCW's reserved bits
+/// fixed, FSW's ES and B set if and only if an unmasked exception is pending.
+pub(crate) fn normalise(x: &mut XsaveArea) {
+    let fcw = x.u16(at::FCW) & FCW_BITS | FCW_FIXED;
+    x.set_u16(at::FCW, fcw);
     let fsw = x.u16(at::FSW);
-    let pending = fsw & !x.u16(at::FCW) & EXCEPTIONS != 0;
-    x.set_u16(
-        at::FSW,
-        fsw & !(ES | BUSY) | if pending { ES | BUSY } else { 0 },
-    );
+    let summary = if fsw & !fcw & EXCEPTIONS != 0 {
+        ES | BUSY
+    } else {
+        0
+    };
+    x.set_u16(at::FSW, fsw & !(ES | BUSY) | summary);
 }
 
 fn top(cpu: &Cpu) -> usize {

@@ -2,6 +2,8 @@
 //! compared with. It shares nothing with native assist: the whole XSAVE state is loaded, the
 //! instruction executed as it stands, and the whole state stored.
 
+#![allow(dead_code)] // Each test file uses its part of it.
+
 use iced_x86::code_asm::*;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
 
@@ -122,4 +124,77 @@ fn wrap(insn: &[u8]) -> Result<Vec<u8>, iced_x86::IcedError> {
     }
     a.ret()?;
     a.assemble(0)
+}
+
+/// A small generator of random numbers (xorshift64*), so that a failure repeats.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len() as u64) as usize]
+    }
+    /// 8 bytes that often are interesting floating-point numbers.
+    pub fn number(&mut self) -> u64 {
+        const F64: [u64; 12] = [
+            0,
+            0x8000_0000_0000_0000,
+            0x3ff0_0000_0000_0000,
+            0x4000_0000_0000_0001,
+            0x7ff0_0000_0000_0000,
+            0xfff0_0000_0000_0000,
+            0x7ff8_0000_0000_0000,
+            0x7ff0_0000_0000_0001,
+            0x0000_0000_0000_0001,
+            0x0010_0000_0000_0000,
+            0x7fef_ffff_ffff_ffff,
+            0xc1e0_0000_0020_0000,
+        ];
+        const F32: [u64; 10] = [
+            0,
+            0x8000_0000,
+            0x3f80_0000,
+            0x7f80_0000,
+            0xff80_0000,
+            0x7fc0_0000,
+            0x7f80_0001,
+            1,
+            0x0080_0000,
+            0x7f7f_ffff,
+        ];
+        match self.below(4) {
+            0 => self.pick(&F64),
+            1 => self.pick(&F32) | self.pick(&F32) << 32,
+            2 => self.next() & 0x8fff_ffff_8fff_ffff | 0x3000_0000_3000_0000,
+            _ => self.next(),
+        }
+    }
+    /// An 80-bit number, often interesting.
+    pub fn extended(&mut self) -> [u8; 10] {
+        let mantissa = match self.below(4) {
+            0 => 0,
+            1 => 1 << 63,
+            2 => self.next() | 1 << 63,
+            _ => self.next(),
+        };
+        let exponent = match self.below(5) {
+            0 => 0,
+            1 => 0x7fff,
+            2 => 0x3fff + self.below(64) as u16,
+            3 => self.below(0x8000) as u16,
+            _ => self.pick(&[1, 0x7ffe, 0x3ffe, 0x3c00]),
+        };
+        let mut v = [0; 10];
+        v[..8].copy_from_slice(&mantissa.to_le_bytes());
+        v[8..].copy_from_slice(&(exponent | (self.next() as u16 & 0x8000)).to_le_bytes());
+        v
+    }
 }
