@@ -84,15 +84,17 @@ pub fn open(flags: c_int) -> Result<c_int, c_int> {
         return Err(libc::EEXIST);
     }
     signals::begin();
-    let system = catch_unwind(System::new).map_err(|_| libc::EIO)?;
-    let object = Object::System(system.map_err(|e| e.errno())?);
-    open_object(object, flags & libc::O_CLOEXEC != 0)
+    signals::uninterrupted(|| {
+        let system = catch_unwind(System::new).map_err(|_| libc::EIO)?;
+        let object = Object::System(system.map_err(|e| e.errno())?);
+        open_object(object, flags & libc::O_CLOEXEC != 0)
+    })
 }
 
 /// Gives an object to the program: a new descriptor for it.
 pub fn open_object(object: Object, close_on_exec: bool) -> Result<c_int, c_int> {
     let fd = sys::duplicate(object.fd().as_raw_fd(), close_on_exec)?;
-    files::install(fd, File::new(object));
+    files::install(fd, File::create(object));
     Ok(fd)
 }
 

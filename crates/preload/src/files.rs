@@ -51,7 +51,7 @@ static FILES: AtomicPtr<File> = AtomicPtr::new(std::ptr::null_mut());
 
 impl File {
     /// Makes an open file for an object.
-    pub fn new(object: Object) -> FileRef {
+    pub fn create(object: Object) -> FileRef {
         let (device, inode) = sys::inode(object.fd().as_raw_fd()).unwrap_or_default();
         let file = Self::reserve();
         file.inode.0.store(device, Ordering::Relaxed);

@@ -7,16 +7,20 @@ use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 
 use libc::{AT_FDCWD, sigaction as SigAction, sigset_t, stat as Stat, statx as Statx};
 
-use crate::signals::{actions, masks};
+use crate::signals::{self, actions, masks};
 use crate::{device, files, ioctl as kvm, next};
 
 /// A C function's answer: the value, or -1 and errno.
 fn answer(result: Result<c_int, c_int>) -> c_int {
     result.unwrap_or_else(|e| {
-        // SAFETY: errno's address is valid in every thread.
-        unsafe { *libc::__errno_location() = e };
+        set_errno(e);
         -1
     })
+}
+
+fn set_errno(error: c_int) {
+    // SAFETY: errno's address is valid in every thread.
+    unsafe { *libc::__errno_location() = error };
 }
 
 fn errno() -> c_int {
@@ -195,18 +199,23 @@ interpose! {
         // Before the number can be given to another file.
         let file = files::remove(fd);
         let value = next::close(fd);
-        drop(file);
+        if file.is_some() {
+            let error = errno();
+            signals::uninterrupted(|| drop(file));
+            set_errno(error);
+        }
         value
     }
     fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
         if files::any() && flags & CLOSE_RANGE_CLOEXEC == 0 && first <= last {
-            files::remove_range(first as usize..=last as usize);
+            signals::uninterrupted(|| files::remove_range(first as usize..=last as usize));
         }
         next::close_range(first, last, flags)
     }
     fn closefrom(first: c_int) -> () {
         if files::any() {
-            files::remove_range(first.max(0) as usize..=c_int::MAX as usize);
+            let all = first.max(0) as usize..=c_int::MAX as usize;
+            signals::uninterrupted(|| files::remove_range(all));
         }
         next::closefrom(first)
     }
@@ -245,11 +254,11 @@ fn duplicated(old: c_int, new: c_int) -> c_int {
 
 /// The same for a descriptor that may have been open before.
 fn replaced(old: c_int, new: c_int, value: c_int) -> c_int {
-    if value >= 0 && old != new {
-        match files::get(old) {
+    if value >= 0 && old != new && files::any() {
+        signals::uninterrupted(|| match files::get(old) {
             Some(file) => files::install(new, file),
             None => drop(files::remove(new)),
-        }
+        });
     }
     value
 }

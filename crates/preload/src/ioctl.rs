@@ -22,15 +22,13 @@ pub const fn is_kvm(request: c_ulong) -> bool {
 
 /// An ioctl whose number is KVM's. None: the descriptor is not ours.
 pub fn kvm_ioctl(fd: c_int, request: u32, argument: u64) -> Option<Result<c_int, c_int>> {
-    let file = files::find(fd)?;
-    let result = dispatch(&file, request, argument);
-    let interruptible = request == KVM_RUN && matches!(file.object(), Object::Vcpu(_));
-    drop(file);
-    if interruptible {
-        // Nothing is held from here on: the program's signal handler may not return.
-        signals::after_run();
-    }
-    Some(result)
+    // Nothing is held when `defer` returns: the program's signal handler may not come back.
+    let result = signals::defer(|| {
+        let file = files::find(fd)?;
+        Some(dispatch(&file, request, argument))
+    });
+    signals::deliver();
+    result
 }
 
 fn dispatch(file: &FileRef, request: u32, argument: u64) -> Result<c_int, c_int> {
@@ -42,7 +40,7 @@ fn dispatch(file: &FileRef, request: u32, argument: u64) -> Result<c_int, c_int>
     let guarded = || catch_unwind(AssertUnwindSafe(call));
     let result = match object {
         Object::Vcpu(vcpu) if request == KVM_RUN => {
-            signals::during_run(vcpu.kick().requests(), file.signal_mask(), guarded)
+            signals::run_loop(vcpu.kick().requests(), file.signal_mask(), guarded)
         }
         Object::Vcpu(_) if request == KVM_SET_SIGNAL_MASK => {
             return set_signal_mask(file, argument).map(|()| 0);

@@ -27,12 +27,12 @@
 //!   return by a signal need nothing but futex and rt_sigreturn.
 //! - **A panic stops here.** It becomes EIO for the ioctl it happened in.
 //!
-//! The life of one KVM_RUN through this library: `ioctl` sees the type byte 0xae; [`files::find`] takes a
-//! reference to the vCPU's file; [`signals::during_run`] announces to our handler that this thread
-//! is in the run loop; the vCPU runs until it has something to say. If a signal came, the handler
-//! kept it and kicked the vCPU; the reference is dropped first, then [`signals::after_run`] calls
-//! the program's handler, and only then does `ioctl` return -1 with EINTR, just as the kernel
-//! would have it.
+//! The life of one KVM_RUN through this library: `ioctl` sees the type byte 0xae and announces to
+//! our signal handler that this thread is in our code ([`signals::defer`]); [`files::find`] takes a
+//! reference to the vCPU's file; the vCPU runs until it has something to say. If a signal came, the
+//! handler kept it and kicked the vCPU; the reference is dropped first, then [`signals::deliver`]
+//! calls the program's handler, and only then does `ioctl` return -1 with EINTR, just as the
+//! kernel would have it.
 //!
 //! Not seen, because they are not calls of C library functions: system calls that the program makes itself
 //! (a raw `rt_sigaction` gets a handler that runs inside the loop), and statically linked programs.

@@ -59,12 +59,14 @@ struct Entry {
 }
 
 impl Entry {
-    const DEFAULT: Self = Self {
-        sequence: AtomicU32::new(0),
-        handler: AtomicUsize::new(libc::SIG_DFL),
-        flags: AtomicI32::new(0),
-        mask: AtomicU64::new(0),
-    };
+    const fn new() -> Self {
+        Self {
+            sequence: AtomicU32::new(0),
+            handler: AtomicUsize::new(libc::SIG_DFL),
+            flags: AtomicI32::new(0),
+            mask: AtomicU64::new(0),
+        }
+    }
 
     fn read(&self) -> Action {
         loop {
@@ -75,7 +77,7 @@ impl Entry {
                 mask: self.mask.load(Ordering::Relaxed),
             };
             fence(Ordering::Acquire);
-            if sequence % 2 == 0 && self.sequence.load(Ordering::Relaxed) == sequence {
+            if sequence.is_multiple_of(2) && self.sequence.load(Ordering::Relaxed) == sequence {
                 return action;
             }
             std::hint::spin_loop();
@@ -99,7 +101,7 @@ impl Entry {
     }
 }
 
-static ENTRIES: [Entry; LAST as usize + 1] = [Entry::DEFAULT; LAST as usize + 1];
+static ENTRIES: [Entry; LAST as usize + 1] = [const { Entry::new() }; LAST as usize + 1];
 /// Whether handlers stand behind ours yet.
 static ACTIVE: AtomicBool = AtomicBool::new(false);
 /// Generation of the process one of whose threads changes entries; 0: none does.

@@ -50,7 +50,7 @@ impl Interrupted {
     /// Reads a frame.
     pub fn of(frame: &libc::ucontext_t) -> Self {
         Self {
-            flags: frame.uc_flags as u64,
+            flags: frame.uc_flags,
             segments: frame.uc_mcontext.gregs[libc::REG_CSGSFS as usize],
             stack: frame.uc_stack,
             mask: masks::kernel_mask(&frame.uc_sigmask),

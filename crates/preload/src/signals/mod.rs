@@ -1,23 +1,23 @@
-//! Signals around KVM_RUN.
+//! Signals around ioctls, and KVM_RUN above all.
 //!
-//! The kernel runs a program's signal handlers after the KVM_RUN that they interrupted, so they may
+//! The kernel runs a program's signal handlers after the ioctl that they interrupted, so they may
 //! block, issue vCPU ioctls or leave by longjmp. Here a handler would start in the middle of the
-//! run loop. Therefore, from the moment a process opens `/dev/kvm`, every handler that it has or
-//! installs stands behind one of ours ([`catch`]):
+//! run loop, or of something that holds a lock. Therefore, from the moment a process opens
+//! `/dev/kvm`, every handler that it has or installs stands behind one of ours ([`catch`]):
 //!
-//! - Outside the run loop, ours calls the program's at once.
-//! - Inside, ours keeps the siginfo, makes the run loop return ([`anykvm_cpu::requests::KICK`]), blocks all
-//!   signals in the interrupted context and returns. When KVM_RUN has unwound with EINTR and holds
-//!   nothing any more, [`after_run`] calls the program's handler with the siginfo that was kept, under the
-//!   mask sigaction(2) promises, and restores the interrupted mask. Whatever else arrived in the
-//!   meantime waited in the kernel and is delivered then.
+//! - Outside our code, ours calls the program's at once.
+//! - Inside ([`defer`]), ours keeps the siginfo, blocks all signals in the interrupted context and
+//!   returns; in the run loop it also makes that return ([`anykvm_cpu::requests::KICK`]), with
+//!   EINTR. When the ioctl has unwound and holds nothing any more, [`deliver`] calls the program's
+//!   handler with the siginfo that was kept, under the mask sigaction(2) promises, and restores the
+//!   interrupted mask. Whatever else arrived in the meantime waited in the kernel and comes then.
 //! - A fault (SIGSEGV or SIGBUS on a bad user pointer or on unmapped guest RAM) is resumed; one that
 //!   is not ours goes to the program's handler, or does what it would have done without us.
 //!
 //! Changing the mask back uses rt_sigreturn, not rt_sigprocmask: seccomp filters on vCPU threads
 //! always allow the former. KVM_SET_SIGNAL_MASK (KVM API, 4.17) is the exception: the mask is really
-//! set for the duration of KVM_RUN, and a signal that only that mask lets through is put back into the
-//! thread's queue, still pending, before KVM_RUN returns.
+//! set for the duration of KVM_RUN, and a signal that only that mask lets through is put back into
+//! the thread's queue, still pending, before KVM_RUN returns.
 //!
 //! SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGTRAP cannot be blocked ([`masks`]): a copy that faults with
 //! its signal blocked would kill the process.
@@ -57,9 +57,11 @@ const BUS_MCEERR_AO: c_int = 5;
 /// What a handler needs to know of the thread it interrupts. Accessed from handlers: no
 /// destructor, constant initialiser, so that an access is an address computation and nothing else.
 struct Thread {
+    /// Inside our code.
+    deferring: Cell<bool>,
     /// Inside the run loop: the requests of the vCPU that runs on this thread.
     running: Cell<*const Requests>,
-    /// The signal that waits for KVM_RUN to return, or 0, and what came with it.
+    /// The signal that waits for the ioctl to return, or 0, and what came with it.
     deferred: Cell<c_int>,
     info: UnsafeCell<MaybeUninit<libc::siginfo_t>>,
     interrupted: Cell<Interrupted>,
@@ -72,6 +74,7 @@ struct Thread {
 thread_local! {
     static THREAD: Thread = const {
         Thread {
+            deferring: Cell::new(false),
             running: Cell::new(std::ptr::null()),
             deferred: Cell::new(0),
             info: UnsafeCell::new(MaybeUninit::uninit()),
@@ -89,13 +92,28 @@ pub fn begin() {
     sys::change_signal_mask(libc::SIG_UNBLOCK, FAULTS);
 }
 
-/// Calls the run loop with signals deferred, under KVM_SET_SIGNAL_MASK's mask if there is one. The
-/// loop must not unwind. [`after_run`] must follow.
-pub fn during_run<R>(
-    requests: &Requests,
-    mask: Option<KernelSigset>,
-    run: impl FnOnce() -> R,
-) -> R {
+/// Does something that the program's handlers must not see half done. It must not unwind, and
+/// [`deliver`] must follow when the caller holds nothing any more.
+pub fn defer<R>(f: impl FnOnce() -> R) -> R {
+    THREAD.with(|thread| {
+        let outer = thread.deferring.replace(true);
+        compiler_fence(Ordering::SeqCst);
+        let value = f();
+        compiler_fence(Ordering::SeqCst);
+        thread.deferring.set(outer);
+        value
+    })
+}
+
+/// [`defer`] for callers that hold nothing anyway.
+pub fn uninterrupted<R>(f: impl FnOnce() -> R) -> R {
+    let value = defer(f);
+    deliver();
+    value
+}
+
+/// Calls the run loop, inside [`defer`], under KVM_SET_SIGNAL_MASK's mask if there is one.
+pub fn run_loop<R>(requests: &Requests, mask: Option<KernelSigset>, run: impl FnOnce() -> R) -> R {
     THREAD.with(|thread| {
         thread.running.set(requests);
         compiler_fence(Ordering::SeqCst);
@@ -107,7 +125,6 @@ pub fn during_run<R>(
         }
         let value = run();
         if let (Some(before), 0) = (thread.before.get(), thread.deferred.get()) {
-            // Still deferring: a signal that `before` blocks may come until this returns.
             sys::set_signal_mask(before);
         }
         compiler_fence(Ordering::SeqCst);
@@ -120,23 +137,26 @@ pub fn during_run<R>(
     })
 }
 
-/// Delivers the signal that KVM_RUN was interrupted by; true if there was one. The program's handler may not
-/// come back, so the caller must hold nothing.
-pub fn after_run() -> bool {
+/// Delivers the signal that was deferred, if one was. The program's handler may not come back, so the
+/// caller must hold nothing.
+pub fn deliver() {
     THREAD.with(|thread| {
+        if thread.deferring.get() {
+            return;
+        }
         let before = thread.before.take();
         let signal = thread.deferred.replace(0);
         if signal == 0 {
-            return false;
+            return;
         }
-        // SAFETY: `defer` filled it before it set `deferred`, and all signals are blocked since.
+        // SAFETY: `keep` filled it before it set `deferred`, and all signals are blocked since.
         let mut info = unsafe { (*thread.info.get()).assume_init_read() };
         let interrupted = thread.interrupted.get();
         let mask = before.unwrap_or(interrupted.mask);
         if mask & bit(signal) != 0 {
             sys::queue_to_self(signal, &info);
             sys::set_signal_mask(mask);
-            return true;
+            return;
         }
         match actions::get(signal) {
             Disposition::Handler(action) => {
@@ -160,7 +180,6 @@ pub fn after_run() -> bool {
                 sys::set_signal_mask(mask);
             }
         }
-        true
     })
 }
 
@@ -180,15 +199,16 @@ extern "C" fn catch(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_v
         }
     } else {
         let deferred = THREAD.with(|thread| {
-            // SAFETY: points to the requests that `during_run` borrows until it clears the pointer.
-            let requests = unsafe { thread.running.get().as_ref() };
-            if let Some(requests) = requests {
+            if thread.deferring.get() {
                 // SAFETY: as above for `info`.
-                thread.defer(signal, unsafe { &*info }, frame);
-                // A halted vCPU sleeps on this word, and the signal itself has woken it.
-                requests.set(KICK);
+                thread.keep(signal, unsafe { &*info }, frame);
+                // SAFETY: points to the requests that `run_loop` borrows until it clears the pointer.
+                if let Some(requests) = unsafe { thread.running.get().as_ref() } {
+                    // A halted vCPU sleeps on this word, and the signal itself has woken it.
+                    requests.set(KICK);
+                }
             }
-            requests.is_some()
+            thread.deferring.get()
         });
         if deferred {
             return;
@@ -217,15 +237,15 @@ fn guest_memory_fix_up(rip: u64) -> Option<u64> {
 }
 
 impl Thread {
-    /// Keeps a signal for [`after_run`] and holds back all others until then.
-    fn defer(&self, signal: c_int, info: &libc::siginfo_t, frame: &mut libc::ucontext_t) {
+    /// Keeps a signal for [`deliver`] and holds back all others until then.
+    fn keep(&self, signal: c_int, info: &libc::siginfo_t, frame: &mut libc::ucontext_t) {
         if self.deferred.get() != 0 {
-            // Only around the mask changes of `during_run`: back into the thread's queue.
+            // Only around the mask changes of `run_loop`: back into the thread's queue.
             sys::set_signal_mask(!FAULTS);
             sys::queue_to_self(signal, info);
         } else {
             self.interrupted.set(Interrupted::of(frame));
-            // SAFETY: `after_run` reads it only while `deferred` is set.
+            // SAFETY: `deliver` reads it only while `deferred` is set.
             unsafe { (*self.info.get()).write(*info) };
             compiler_fence(Ordering::SeqCst);
             self.deferred.set(signal);
