@@ -141,6 +141,43 @@ impl Computer {
         c
     }
 
+    /// A 64-bit IDT at 0x20000 whose every gate leads to code at 0x6000 that leaves by `out 0x99, al`,
+    /// with the stack at 0x6800 (IST 1) and everything the event pushed on it.
+    pub fn catch_events(&mut self) {
+        let tss = 0x2_1800;
+        self.put64(tss + 36, 0x6800);
+        for v in 0..256 {
+            self.put64(0x2_0000 + v * 16, 0x6000 | 8 << 16 | 1 << 32 | 0x8e00 << 32);
+            self.put64(0x2_0008 + v * 16, 0);
+        }
+        self.put64(0x2_1008, 0x00af_9b00_0000_ffff);
+        self.put64(0x2_1010, 0x00cf_9300_0000_ffff);
+        self.put(0x6000, &[0xe6, 0x99]);
+        let s = &mut self.cpu.state;
+        s.idtr = Table {
+            base: 0x2_0000,
+            limit: 0xfff,
+            ..Table::default()
+        };
+        s.gdtr = Table {
+            base: 0x2_1000,
+            limit: 0xff,
+            ..Table::default()
+        };
+        s.tr = Segment {
+            base: tss,
+            limit: 103,
+            attr: 0x8b,
+            ..Segment::default()
+        };
+        self.cpu.state_changed();
+    }
+    /// What the last event pushed, from the top: error code (if any), RIP, CS, RFLAGS, RSP, SS.
+    pub fn frame(&self) -> [u64; 6] {
+        let rsp = self.cpu.state.regs[reg::RSP];
+        std::array::from_fn(|i| self.get64(rsp + i as u64 * 8))
+    }
+
     /// Writes guest memory behind the processor's back, as a device would.
     pub fn put(&mut self, gpa: u64, bytes: &[u8]) {
         self.memory.write(gpa, bytes).unwrap();
