@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 use std::thread::JoinHandle;
 
 use rustix::buffer::spare_capacity;
@@ -71,10 +71,23 @@ impl Deadline {
         }
     }
 
-    /// Stops calls to the timer and lets go of it. Waits for a call under way.
-    pub(crate) fn disconnect(&self) {
-        self.at.store(NEVER, Ordering::SeqCst);
-        *self.expire.lock().unwrap_or_else(|e| e.into_inner()) = None;
+    /// Calls the timer if it is due.
+    fn run(&self, now: u64) {
+        let at = self.at.load(Ordering::SeqCst);
+        if at > now {
+            return;
+        }
+        let expire = self
+            .expire
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .clone();
+        if let Some(expire) = expire {
+            // Cleared first, so that the owner may set the next one in the call.
+            let order = Ordering::SeqCst;
+            let _ = self.at.compare_exchange(at, NEVER, order, order);
+            expire.expired(now);
+        }
     }
 }
 
@@ -85,7 +98,7 @@ struct Shared {
     stop: AtomicBool,
     /// What the timerfd is, or is about to be, set to.
     programmed: AtomicU64,
-    deadlines: RwLock<Vec<std::sync::Weak<Deadline>>>,
+    deadlines: RwLock<Vec<Weak<Deadline>>>,
     sources: Mutex<Sources>,
     stats: Arc<StatsFile>,
 }
@@ -155,14 +168,7 @@ impl EventThread {
         })
     }
 
-    /// A new deadline, not set. The thread calls `expire` when it has passed.
-    pub(crate) fn deadline(&self, expire: Arc<dyn Expire>) -> Arc<Deadline> {
-        let deadline = self.unconnected_deadline();
-        self.connect(&deadline, expire);
-        deadline
-    }
-
-    /// A deadline whose owner is not there yet; see [`Self::connect`].
+    /// A new deadline, not set, whose owner is not there yet; see [`Self::connect`].
     pub(crate) fn unconnected_deadline(&self) -> Arc<Deadline> {
         let deadline = Arc::new(Deadline {
             at: AtomicU64::new(NEVER),
@@ -270,34 +276,25 @@ impl Shared {
 
     /// Calls what is due and sets the timerfd to the earliest deadline left.
     fn run_timers(&self) {
-        self.programmed.store(NEVER, Ordering::SeqCst);
-        let now = monotonic_ns();
-        let mut earliest = NEVER;
+        // As long as it is 0 nobody wakes the thread: the look below comes after the calls.
+        self.programmed.store(0, Ordering::SeqCst);
         let deadlines: Vec<Arc<Deadline>> = {
             let all = self.deadlines.read().unwrap_or_else(|e| e.into_inner());
-            all.iter().filter_map(std::sync::Weak::upgrade).collect()
+            all.iter().filter_map(Weak::upgrade).collect()
         };
-        for deadline in deadlines {
-            let at = deadline.at.load(Ordering::SeqCst);
-            if at <= now {
-                let expire = deadline.expire.lock().unwrap_or_else(|e| e.into_inner());
-                if let Some(expire) = &*expire {
-                    // Cleared first, so that the owner may set the next one in the call.
-                    let _ =
-                        deadline
-                            .at
-                            .compare_exchange(at, NEVER, Ordering::SeqCst, Ordering::SeqCst);
-                    expire.expired(now);
-                }
-            } else {
-                earliest = earliest.min(at);
-            }
+        let now = monotonic_ns();
+        for deadline in &deadlines {
+            deadline.run(now);
         }
+        self.programmed.store(NEVER, Ordering::SeqCst);
+        let earliest = deadlines.iter().map(|d| d.at.load(Ordering::SeqCst)).min();
+        let earliest = earliest.unwrap_or(NEVER);
         let earliest = earliest.min(self.programmed.fetch_min(earliest, Ordering::SeqCst));
         if earliest != NEVER {
             let value = Timespec {
                 tv_sec: (earliest / 1_000_000_000) as i64,
-                tv_nsec: (earliest % 1_000_000_000) as i64,
+                // All 0 would disarm it.
+                tv_nsec: (earliest % 1_000_000_000) as i64 | 1,
             };
             let zero = Timespec {
                 tv_sec: 0,
@@ -364,8 +361,11 @@ mod tests {
     fn deadlines_in_any_order() {
         let thread = thread();
         let (send, receive) = mpsc::sync_channel(8);
-        let late = thread.deadline(Arc::new(Report(send.clone())));
-        let early = thread.deadline(Arc::new(Report(send)));
+        let [late, early] = [(); 2].map(|()| {
+            let deadline = thread.unconnected_deadline();
+            thread.connect(&deadline, Arc::new(Report(send.clone())));
+            deadline
+        });
         let now = monotonic_ns();
         late.set(Some(now + 20_000_000));
         early.set(Some(now + 5_000_000));

@@ -6,19 +6,32 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+mod capability;
 pub mod clock;
+mod coalesced;
 mod device;
+mod dirty_log;
 mod dispatch;
 mod error;
 mod event_thread;
+mod eventfd;
+mod io_bus;
+mod ioeventfd;
+mod irq;
+mod irqfd;
 mod kick;
+mod memory;
+mod memory_alias;
+mod msr_filter;
 mod object;
 mod stats;
 mod system;
 mod user;
 mod vcpu;
 mod vm;
+mod xen;
 
+pub use capability::EnabledCapabilities;
 pub use device::Device;
 pub use error::{Errno, Result};
 pub use event_thread::Deadline;

@@ -36,7 +36,8 @@ pub enum Object {
 pub enum Reply {
     /// This number.
     Value(i32),
-    /// A new file descriptor for this object.
+    /// A new file descriptor for this object; for a device (KVM_CREATE_DEVICE) its number goes to
+    /// `kvm_create_device.fd` and 0 is returned.
     Object(Object),
 }
 

@@ -41,6 +41,7 @@ impl System {
             ioctl::KVM_GET_VCPU_MMAP_SIZE => {
                 no_argument(arg).map(|()| (VCPU_MMAP_SIZE as i32).into())
             }
+            ioctl::KVM_CHECK_EXTENSION => Ok(crate::capability::check_extension(arg).into()),
             ioctl::KVM_CREATE_VM => self.create_vm(arg).map(|vm| Reply::Object(Object::Vm(vm))),
             _ => Err(Errno::EINVAL),
         }

@@ -1,17 +1,28 @@
 //! A virtual machine: what KVM_CREATE_VM makes.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
+use anykvm_abi::kvm_clock_data;
 use anykvm_cpu::memory::GuestMemory;
 use anykvm_cpu::memory::mapping::Mapping;
+use anykvm_cpu::requests::OWNER;
+use arc_swap::ArcSwapOption;
 
+use crate::capability::EnabledCapabilities;
 use crate::clock::Clock;
+use crate::coalesced::Ring;
 use crate::error::{Errno, Result};
 use crate::event_thread::EventThread;
+use crate::io_bus::IoBus;
+use crate::irq::Irq;
+use crate::memory::SlotTable;
+use crate::msr_filter::MsrFilter;
 use crate::object::memfd;
 use crate::stats::{StatsFile, VM_STATISTICS, VmStat};
 use crate::vcpu::Vcpu;
+use crate::xen::XenHvm;
 
 /// vCPUs of one VM (KVM_CAP_MAX_VCPUS).
 pub const MAX_VCPUS: usize = 1024;
@@ -19,6 +30,8 @@ pub const MAX_VCPUS: usize = 1024;
 pub const MAX_VCPU_IDS: u32 = 4096;
 
 const PAGE: usize = 4096;
+/// The least KVM_SET_NR_MMU_PAGES takes.
+const MIN_MMU_PAGES: u64 = 64;
 
 /// A virtual machine.
 #[derive(Debug)]
@@ -29,6 +42,17 @@ pub struct Vm {
     pub(crate) clock: Clock,
     pub(crate) stats: Arc<StatsFile>,
     pub(crate) events: EventThread,
+    pub(crate) enabled: EnabledCapabilities,
+    /// Memory slots and aliases.
+    pub(crate) slots: Mutex<SlotTable>,
+    pub(crate) irq: Irq,
+    pub(crate) bus: IoBus,
+    pub(crate) msr_filter: ArcSwapOption<MsrFilter>,
+    pub(crate) xen_hvm: ArcSwapOption<XenHvm>,
+    /// Whether the VFIO device exists.
+    pub(crate) vfio_device: Mutex<bool>,
+    /// KVM_SET_NR_MMU_PAGES: kept, there is no shadow MMU to limit.
+    mmu_pages: AtomicU32,
     coalesced_ring: OwnedFd,
     /// `kvm->lock`: creation of vCPUs and of what must come before or after them.
     vcpus: Mutex<Vcpus>,
@@ -57,13 +81,22 @@ impl Vm {
     pub(crate) fn new() -> Result<Arc<Self>> {
         let id = format!("kvm-{}", std::process::id());
         let stats = StatsFile::new(&id, VM_STATISTICS)?;
+        let coalesced_ring = memfd("kvm-coalesced", PAGE as u64)?;
         Ok(Arc::new(Self {
             fd: memfd("kvm-vm", 0)?,
             memory: Arc::new(GuestMemory::new()),
             clock: Clock::new(),
             events: EventThread::start(stats.clone())?,
             stats,
-            coalesced_ring: memfd("kvm-coalesced", PAGE as u64)?,
+            enabled: EnabledCapabilities::default(),
+            slots: Mutex::default(),
+            irq: Irq::default(),
+            bus: IoBus::new(Ring::new(Mapping::new(coalesced_ring.as_fd(), 0, PAGE)?)),
+            msr_filter: ArcSwapOption::empty(),
+            xen_hvm: ArcSwapOption::empty(),
+            vfio_device: Mutex::default(),
+            mmu_pages: AtomicU32::new(0),
+            coalesced_ring,
             vcpus: Mutex::default(),
         }))
     }
@@ -81,6 +114,16 @@ impl Vm {
     /// kvmclock and the TSC's frequency.
     pub fn clock(&self) -> &Clock {
         &self.clock
+    }
+
+    /// What KVM_ENABLE_CAP has switched on.
+    pub fn enabled(&self) -> &EnabledCapabilities {
+        &self.enabled
+    }
+
+    /// The VM's statistics.
+    pub fn stats(&self) -> &Arc<StatsFile> {
+        &self.stats
     }
 
     /// The memfd of the coalesced ring, one page.
@@ -106,16 +149,63 @@ impl Vm {
             .collect()
     }
 
-    /// Whether this id is the bootstrap processor's.
-    pub fn is_boot_vcpu(&self, id: u32) -> bool {
-        self.lock_vcpus().boot_id == id
+    /// KVM_SET_BOOT_CPU_ID: before the first vCPU.
+    pub(crate) fn set_boot_vcpu(&self, id: u64) -> Result<()> {
+        let mut vcpus = self.lock_vcpus();
+        if vcpus.any_created() {
+            return Err(Errno::EBUSY);
+        }
+        vcpus.boot_id = id as u32;
+        Ok(())
     }
 
-    /// Sets request bits on every vCPU.
-    pub(crate) fn request_all(&self, bits: u32) {
-        for vcpu in self.vcpus() {
-            vcpu.kick().request(bits);
+    /// KVM_SET_TSC_KHZ on the VM: before the first vCPU.
+    pub(crate) fn set_default_tsc_khz(&self, khz: u64) -> Result<()> {
+        if self.lock_vcpus().any_created() {
+            return Err(Errno::EINVAL);
         }
+        self.clock.set_default_tsc_khz(khz as u32);
+        Ok(())
+    }
+
+    /// KVM_SET_CLOCK: every vCPU writes its guest's clock pages anew.
+    pub(crate) fn set_clock(&self, data: &kvm_clock_data) -> Result<()> {
+        self.clock.set(data)?;
+        for vcpu in self.vcpus() {
+            vcpu.kick().request(OWNER);
+        }
+        Ok(())
+    }
+
+    /// KVM_SET_TSS_ADDR: three pages below 4 GiB. The processor needs no such memory; the address is
+    /// only checked.
+    pub(crate) fn set_tss_addr(&self, address: u64) -> Result<()> {
+        if address > u64::from(u32::MAX) + 1 - 3 * PAGE as u64 {
+            return Err(Errno::EINVAL);
+        }
+        Ok(())
+    }
+
+    /// KVM_SET_IDENTITY_MAP_ADDR: before the first vCPU. The processor needs no such memory.
+    pub(crate) fn set_identity_map_addr(&self, _address: u64) -> Result<()> {
+        if self.lock_vcpus().any_created() {
+            return Err(Errno::EINVAL);
+        }
+        Ok(())
+    }
+
+    /// KVM_SET_NR_MMU_PAGES.
+    pub(crate) fn set_mmu_pages(&self, pages: u64) -> Result<()> {
+        if pages < MIN_MMU_PAGES {
+            return Err(Errno::EINVAL);
+        }
+        self.mmu_pages.store(pages as u32, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// KVM_GET_NR_MMU_PAGES.
+    pub(crate) fn mmu_pages(&self) -> i32 {
+        self.mmu_pages.load(Ordering::Relaxed) as i32
     }
 
     /// KVM_CREATE_VCPU.
@@ -136,5 +226,13 @@ impl Vm {
         let vcpu = Vcpu::new(self.clone(), id, boot)?;
         vcpus.created.push((id, Arc::downgrade(&vcpu)));
         Ok(vcpu)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(chip) = self.irq.chip() {
+            chip.disconnect();
+        }
     }
 }
