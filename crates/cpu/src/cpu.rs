@@ -275,8 +275,7 @@ impl Cpu {
 
     /// The time-stamp counter.
     pub fn tsc(&self) -> u64 {
-        let scaled = (u128::from(host_tsc()) * u128::from(self.state.tsc_ratio)) >> 48;
-        (scaled as u64).wrapping_add(self.state.tsc_offset)
+        self.state.tsc()
     }
 }
 

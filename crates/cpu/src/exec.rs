@@ -121,7 +121,9 @@ impl Cpu {
         }
         let stepping_without_irq = self.guest_debug.single_step && self.guest_debug.block_irq;
         if self.state.events.smi_pending && !self.state.events.smm {
-            return Err(Self::delivery_failed(0));
+            self.state.events.smi_pending = false;
+            self.check_events = true;
+            return self.enter_smm().map_err(|_| Self::delivery_failed(0));
         }
         if self.state.events.nmi_pending > 0
             && !self.state.events.nmi_masked
