@@ -236,6 +236,10 @@ impl Cpu {
         self.leave = true;
     }
 
+    /// The fault behind the last [`Stop::Fault`].
+    pub fn fault(&self) -> Fault {
+        self.fault
+    }
     /// Raises a fault.
     #[cold]
     pub fn raise(&mut self, fault: Fault) -> Stop {
