@@ -117,13 +117,8 @@ pub mod efer {
 /// General registers 0-15, RIP and a constant zero, indexed by register code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
+#[derive(Default)]
 pub struct Regs([u64; 32]);
-
-impl Default for Regs {
-    fn default() -> Self {
-        Self([0; 32])
-    }
-}
 
 // The file has 32 slots and codes are masked, so that an access needs no bounds check.
 impl std::ops::Index<u8> for Regs {

@@ -220,7 +220,7 @@ impl Setup<'_> {
             let count = self.random.below(most);
             self.set(cx, count)?;
             // Comparisons that go on for a while.
-            if self.random.below(2) == 0 && to >= DATA && to < DATA + 0x3000 {
+            if self.random.below(2) == 0 && (DATA..DATA + 0x3000).contains(&to) {
                 let fill = self.random.next() as u8;
                 let length = self.random.pick(&[8, 64, 600]);
                 self.put(to, &vec![fill; length]);
