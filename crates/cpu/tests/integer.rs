@@ -15,7 +15,7 @@ use std::ops::RangeInclusive;
 
 use iced_x86::{
     Code, ConstantOffsets, Decoder, DecoderOptions, FlowControl, Formatter, Instruction,
-    InstructionInfoFactory, Mnemonic, OpKind, Register,
+    InstructionInfoFactory, Mnemonic, OpCodeTableKind, OpKind, Register,
 };
 use native::{
     CODE, DATA, DATA_BYTES, End, Host, LANDING_COUNT, LANDING_STEP, LANDINGS, Registers, host,
@@ -421,11 +421,12 @@ fn excluded(raw: &Instruction, has_66: bool, has_rep: bool) -> bool {
         || raw.code() == Code::Movsxd_r16_rm16
         || raw.is_call_far_indirect()
         || raw.is_jmp_far_indirect()
-        || matches!(
-            raw.mnemonic(),
-            Mnemonic::Xabort | Mnemonic::Xbegin | Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Rdpid | Mnemonic::Jmpe
-        )
-        // Segment overrides with a base of its own on the host, control and segment registers.
+        || matches!(raw.mnemonic(), Mnemonic::Xabort | Mnemonic::Xbegin | Mnemonic::Jmpe)
+        // Others in the group of CMPXCHG8B.
+        || raw.op_code().table() == OpCodeTableKind::T0F
+            && raw.op_code().op_code() == 0xc7
+            && !matches!(raw.mnemonic(), Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b)
+        // Control, debug and segment registers.
         || (0..raw.op_count()).any(|i| {
             let r = raw.op_register(i);
             raw.op_kind(i) == OpKind::Register && !r.is_gpr()
