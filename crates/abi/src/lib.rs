@@ -4,11 +4,13 @@
 #![warn(missing_docs)]
 
 pub mod ioctl;
+mod para;
 mod plain;
 mod structs;
 mod unions;
 
 pub use kvm_bindings::*;
+pub use para::*;
 pub use plain::Plain;
 pub use structs::*;
 pub use unions::*;

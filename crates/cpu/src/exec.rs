@@ -1,7 +1,5 @@
 //! The run loop: requests, events, blocks.
 
-use iced_x86::FlowControl;
-
 use crate::block::{Block, BlockId, MAX_INSNS};
 use crate::cpu::Cpu;
 use crate::debug::{self, DR6_BS, Watch};
@@ -59,6 +57,7 @@ impl Cpu {
     fn complete_io(&mut self) -> Step {
         if let Some(insn) = self.take_replay() {
             let rip = self.state.rip();
+            self.begin_alone();
             self.execute_one(&insn, rip)?;
         }
         match self.next_write() {
@@ -122,9 +121,7 @@ impl Cpu {
         }
         let stepping_without_irq = self.guest_debug.single_step && self.guest_debug.block_irq;
         if self.state.events.smi_pending && !self.state.events.smm {
-            self.state.events.smi_pending = false;
-            self.check_events = true;
-            return self.enter_smm().map_err(|_| Self::delivery_failed(0));
+            return Err(Self::delivery_failed(0));
         }
         if self.state.events.nmi_pending > 0
             && !self.state.events.nmi_masked
@@ -229,7 +226,14 @@ impl Cpu {
             let keep = trace.instruction(self, insn);
             self.trace = keep.then_some(trace);
         }
+        self.begin_alone();
         self.execute_one(insn, rip)
+    }
+
+    fn begin_alone(&mut self) {
+        self.prior_shadow = std::mem::take(&mut self.state.events.shadow);
+        self.stepping = true;
+        self.debug_hits = 0;
     }
 
     /// Executes an instruction by itself, with what follows it: RF, shadow, single-step trap.
@@ -237,8 +241,6 @@ impl Cpu {
         let trap = self.state.rflags & rflags::TF != 0;
         let resume = self.state.rflags & rflags::RF != 0;
         let debugger_step = self.guest_debug.single_step;
-        self.prior_shadow = std::mem::take(&mut self.state.events.shadow);
-        self.stepping = trap || debugger_step || self.breakpoints_armed();
         self.state.set_rip(rip.wrapping_add(insn.len.into()));
         let done = (insn.handler)(self, insn);
         let prior = std::mem::take(&mut self.prior_shadow);
@@ -262,15 +264,8 @@ impl Cpu {
             self.note_writes_retired();
         }
         let mut bits = std::mem::take(&mut self.debug_hits);
-        // INT n and the like clear TF on their way into the handler, which is not trapped.
-        if trap && insn.raw.flow_control() != FlowControl::Interrupt {
+        if trap {
             bits |= DR6_BS;
-        }
-        if self.state.events.shadow & SHADOW_MOV_SS != 0 && !debugger_step {
-            // Traps wait for the instruction behind MOV SS (SDM Vol. 3, 6.8.3); a single step is
-            // that instruction's own.
-            self.debug_hits = bits & !DR6_BS;
-            bits = 0;
         }
         if debugger_step {
             let dr6 = bits | DR6_BS | 0xffff_0ff0;
@@ -331,7 +326,7 @@ impl Cpu {
         let rip = self.state.rip();
         let id = match self.block_at(rip) {
             Ok(Some(id)) => id,
-            Ok(None) => return self.run_crossing(rip),
+            Ok(None) => return self.step(),
             Err(stop) => return self.instruction_stopped(stop, None, rip),
         };
         let Some(block) = self.blocks.get(id) else {
@@ -357,9 +352,6 @@ impl Cpu {
         }
         self.counters.instructions += done as u64;
         self.counters.blocks += 1;
-        if stopped.is_ok() && self.io.has_answers() {
-            self.end_replay();
-        }
         let result = match stopped {
             Err((stop, n)) => {
                 let insn = &insns[n];
@@ -376,32 +368,6 @@ impl Cpu {
             block.insns = insns;
         }
         result
-    }
-
-    /// Executes the instruction at RIP, which is in no block because it crosses a page or the code
-    /// segment's limit.
-    fn run_crossing(&mut self, rip: u64) -> Step {
-        let code = self.memory.pages().code_epoch();
-        let insn = match self.blocks.take_crossing(rip, code) {
-            Some(insn) => insn,
-            None => match self.fetch() {
-                Ok(insn) => insn,
-                Err(stop) => return self.instruction_stopped(stop, None, rip),
-            },
-        };
-        // Before it runs: it may change the mode or the address space.
-        let key = self.cacheable_by_rip().then(|| self.blocks.key());
-        let done = self.execute_one(&insn, rip);
-        if let Some(key) = key {
-            self.blocks.put_crossing(rip, key, code, insn);
-        }
-        done
-    }
-
-    /// Whether what was found at a RIP stays good until a flush, an epoch or a store into code: the
-    /// segment limit, which no key holds, is not checked, and paging is on.
-    fn cacheable_by_rip(&self) -> bool {
-        (self.mode.code64() || self.mode.flat()) && self.state.cr0 & crate::state::cr0::PG != 0
     }
 
     /// An instruction at `rip` did not complete.
@@ -456,9 +422,6 @@ impl Cpu {
         if let Some(id) = self.blocks.jump(rip, code) {
             return Ok(Some(id));
         }
-        if self.blocks.has_crossing(rip, code) {
-            return Ok(None);
-        }
         self.block_slow(rip, code)
     }
 
@@ -483,10 +446,11 @@ impl Cpu {
         };
         // The limit is not in the key, so it is checked for each entry by this path.
         let len = self.blocks.get(id).map_or(0, |b| b.bytes.len());
-        if !self.mode.flat() && !self.within_code_limit(rip, len) {
+        let checked = self.mode.code64() || self.mode.flat();
+        if !checked && !self.within_code_limit(rip, len) {
             return Ok(None);
         }
-        if self.cacheable_by_rip() {
+        if checked && self.state.cr0 & crate::state::cr0::PG != 0 {
             self.blocks.remember(rip, code, id);
         }
         Ok(Some(id))
@@ -519,7 +483,9 @@ impl Cpu {
             return false;
         };
         let len = block.bytes.len();
-        self.mark_code(page, offset, len);
+        if record.mark_code(offset, len) {
+            self.protect_code_page(page);
+        }
         let Some(block) = self.blocks.get(id) else {
             return false;
         };
@@ -528,15 +494,6 @@ impl Cpu {
         }
         block.generation = generation;
         true
-    }
-
-    /// Notes that these bytes of a page are about to be read as code.
-    fn mark_code(&mut self, page: HostPage, offset: usize, len: usize) {
-        if let Some(record) = self.memory.pages().get(page.0)
-            && record.mark_code(offset, len)
-        {
-            self.protect_code_page(page);
-        }
     }
 
     /// A page got its first code: no processor may keep a fast write entry for it.
@@ -554,7 +511,9 @@ impl Cpu {
         let generation = record.generation();
         let mut bytes = [0; MAX_INSNS * MAX_INSN_LEN];
         let want = bytes.len().min(PAGE as usize - offset);
-        self.mark_code(page, offset, want);
+        if record.mark_code(offset, want) {
+            self.protect_code_page(page);
+        }
         let have = page.read(offset, &mut bytes[..want]);
         let mut insns = Vec::with_capacity(8);
         let mut at = 0;
@@ -590,7 +549,6 @@ impl Cpu {
         let Fetched::Ram(page) = self.fetch_page(linear)? else {
             return Err(Stop::Unimplemented);
         };
-        self.mark_code(page, (linear % PAGE) as usize, MAX_INSN_LEN);
         let mut have = page.read((linear % PAGE) as usize, &mut bytes);
         loop {
             match decode::decode(&bytes[..have], self.mode) {
@@ -603,7 +561,6 @@ impl Cpu {
                     let Fetched::Ram(page) = self.fetch_page(next)? else {
                         return Err(Stop::Unimplemented);
                     };
-                    self.mark_code(page, (next % PAGE) as usize, MAX_INSN_LEN - have);
                     have += page.read((next % PAGE) as usize, &mut bytes[have..]);
                 }
                 Err(DecodeError::TooLong | DecodeError::Incomplete) => return Err(self.gp0()),

@@ -1,13 +1,24 @@
-//! A virtual processor: what KVM_CREATE_VCPU makes.
+//! A virtual processor: what KVM_CREATE_VCPU makes. Holds the processor under the vCPU's lock
+//! (Linux: `vcpu->mutex`), which KVM_RUN keeps for as long as the guest runs; every other ioctl waits
+//! for it. What other threads may do without it is in [`VcpuRequests`].
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::error::{Errno, Result};
+use anykvm_cpu::requests::{EVENT, KICK};
+use anykvm_cpu::{Cpu, CpuState};
+use anykvm_irqchip::{Lapic, LapicConfig};
+
+use crate::error::Result;
+use crate::event_thread::Expire;
 use crate::kick::Kick;
-use crate::object::{Reply, memfd};
-use crate::system::VCPU_MMAP_SIZE;
-use crate::user::UserMemory;
+use crate::machine::VcpuMachine;
+use crate::object::memfd;
+use crate::run::Completion;
+use crate::run_page::{MMAP_SIZE, RunPage};
+use crate::stats::StatsFile;
+use crate::vcpu_requests::VcpuRequests;
+use crate::vcpu_stats::VCPU_STATISTICS;
 use crate::vm::Vm;
 
 /// A virtual processor.
@@ -15,19 +26,115 @@ use crate::vm::Vm;
 pub struct Vcpu {
     vm: Arc<Vm>,
     id: u32,
+    boot: bool,
     fd: OwnedFd,
-    kick: Kick,
+    kick: Arc<Kick>,
+    requests: Arc<VcpuRequests>,
+    machine: Arc<VcpuMachine>,
+    stats: Arc<StatsFile>,
+    /// KVM_SET_SIGNAL_MASK. Not under the vCPU's lock: the shim reads it before KVM_RUN.
+    signal_mask: Mutex<Option<u64>>,
+    core: Mutex<Core>,
+}
+
+/// What the vCPU's lock protects.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub cpu: Cpu,
+    /// What the last exit left to do on re-entry.
+    pub completion: Completion,
+    /// KVM_RUN has entered the guest: CPUID is fixed.
+    pub has_run: bool,
+    /// Nanoseconds to poll for an event before sleeping in HLT.
+    pub halt_poll_ns: u64,
+    /// Guest-physical address of the TPR shadow (KVM_SET_VAPIC_ADDR), 0 for none.
+    pub vapic_addr: u64,
+}
+
+/// Lets a vCPU's KVM_RUN end with EINTR, from any thread or signal handler.
+#[derive(Clone, Debug)]
+pub struct KickHandle(Arc<Kick>);
+
+impl KickHandle {
+    /// The vCPU's current KVM_RUN, or its next, returns EINTR. Async-signal-safe: sets a bit, and
+    /// wakes a sleeping vCPU by its futex.
+    pub fn kick(&self) {
+        self.0.request(KICK);
+    }
+    /// Takes a kick back that no KVM_RUN has seen.
+    pub fn clear(&self) {
+        self.0.requests().take(KICK);
+    }
+}
+
+/// The APIC timer, for the VM's event thread.
+struct TimerExpiry(Arc<Lapic>);
+
+impl Expire for TimerExpiry {
+    fn expired(&self, now_ns: u64) {
+        self.0.timer_expired(now_ns);
+    }
 }
 
 impl Vcpu {
     /// KVM_CREATE_VCPU, once the VM has found the id good. `boot`: the bootstrap processor.
-    pub(crate) fn new(vm: Arc<Vm>, id: u32, _boot: bool) -> Result<Arc<Self>> {
-        let fd = memfd(&format!("kvm-vcpu:{id}"), VCPU_MMAP_SIZE as u64)?;
+    pub(crate) fn new(vm: Arc<Vm>, id: u32, boot: bool) -> Result<Arc<Self>> {
+        let fd = memfd(&format!("kvm-vcpu:{id}"), MMAP_SIZE as u64)?;
+        let run = RunPage::new(&fd)?;
+        let kick = Arc::new(Kick::default());
+        let deadline = vm.events.unconnected_deadline();
+        let requests = Arc::new(VcpuRequests::new(kick.clone(), deadline.clone()));
+        let lapic = vm.irqchip().map(|chip| {
+            chip.create_lapic(
+                LapicConfig {
+                    apic_id: id,
+                    bsp: boot,
+                },
+                requests.clone(),
+            )
+        });
+        if let Some(lapic) = &lapic {
+            vm.events
+                .connect(&deadline, Arc::new(TimerExpiry(lapic.clone())));
+        }
+        let in_kernel_apic = lapic.is_some();
+        let machine = Arc::new(VcpuMachine::new(
+            vm.clone(),
+            requests.clone(),
+            run,
+            lapic,
+            boot,
+        ));
+        let mut cpu = Cpu::new(
+            vm.memory().clone(),
+            machine.clone(),
+            kick.requests().clone(),
+        );
+        machine.start_tsc(&mut cpu.state);
+        if in_kernel_apic && !boot {
+            cpu.state.events.mp_state = anykvm_cpu::events::MpState::Uninitialized;
+        }
+        let stats = StatsFile::new(
+            &format!("kvm-{}/vcpu-{id}", std::process::id()),
+            VCPU_STATISTICS,
+        )?;
         Ok(Arc::new(Self {
             vm,
             id,
+            boot,
             fd,
-            kick: Kick::default(),
+            kick,
+            requests,
+            machine,
+            stats,
+            signal_mask: Mutex::new(None),
+            core: Mutex::new(Core {
+                cpu,
+                completion: Completion::None,
+                has_run: false,
+                halt_poll_ns: 0,
+                vapic_addr: 0,
+            }),
         }))
     }
 
@@ -41,7 +148,12 @@ impl Vcpu {
         self.id
     }
 
-    /// Its memfd.
+    /// Whether it is the bootstrap processor.
+    pub fn is_boot(&self) -> bool {
+        self.boot
+    }
+
+    /// Its memfd: `struct kvm_run`, port I/O data, and room for the VM's coalesced ring.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -51,13 +163,65 @@ impl Vcpu {
         &self.kick
     }
 
-    /// An ioctl on the vCPU.
-    pub fn ioctl(
-        self: &Arc<Self>,
-        _request: u32,
-        _arg: u64,
-        _user: &dyn UserMemory,
-    ) -> Result<Reply> {
-        Err(Errno::EINVAL)
+    /// A handle that ends KVM_RUN with EINTR.
+    pub fn kick_handle(&self) -> KickHandle {
+        KickHandle(self.kick.clone())
+    }
+
+    /// The signal mask to be in force during KVM_RUN (KVM_SET_SIGNAL_MASK): bit n-1 for signal n.
+    pub fn signal_mask(&self) -> Option<u64> {
+        *self.signal_mask.lock().unwrap_or_else(|e| e.into_inner())
+    }
+    pub(crate) fn set_signal_mask(&self, mask: Option<u64>) {
+        *self.signal_mask.lock().unwrap_or_else(|e| e.into_inner()) = mask;
+    }
+
+    /// Its statistics.
+    pub fn stats(&self) -> &Arc<StatsFile> {
+        &self.stats
+    }
+
+    pub(crate) fn machine(&self) -> &Arc<VcpuMachine> {
+        &self.machine
+    }
+    pub(crate) fn requests(&self) -> &VcpuRequests {
+        &self.requests
+    }
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// A readable account of the registers and events, with the instruction at RIP.
+    pub fn dump(&self) -> String {
+        let mut core = self.lock();
+        format!("vcpu {}\n{}", self.id, core.cpu.dump())
+    }
+
+    /// Reads state under the lock. As every vCPU ioctl but KVM_RUN it begins a new epoch in which
+    /// translated code is compared with memory once more: the caller may be about to patch it.
+    pub(crate) fn read<R>(&self, f: impl FnOnce(&mut Core) -> R) -> R {
+        let mut core = self.lock();
+        crate::machine::collect_events(&self.requests, &mut core.cpu.state);
+        core.cpu.new_epoch();
+        f(&mut core)
+    }
+
+    /// Changes state under the lock; what is derived from it is computed anew if it succeeded.
+    pub(crate) fn change<R>(&self, f: impl FnOnce(&mut Core) -> Result<R>) -> Result<R> {
+        let mut core = self.lock();
+        crate::machine::collect_events(&self.requests, &mut core.cpu.state);
+        let result = f(&mut core);
+        if result.is_ok() {
+            core.cpu.state_changed();
+            self.kick.requests().set(EVENT);
+        } else {
+            core.cpu.new_epoch();
+        }
+        result
+    }
+
+    /// As [`Self::change`], for what only concerns the state.
+    pub(crate) fn change_state<R>(&self, f: impl FnOnce(&mut CpuState) -> Result<R>) -> Result<R> {
+        self.change(|core| f(&mut core.cpu.state))
     }
 }

@@ -40,6 +40,8 @@ pub struct Vm {
     /// Guest RAM, shared with the processors.
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) clock: Clock,
+    /// The last TSC written, which the vCPUs share.
+    pub(crate) tsc_sync: crate::tsc::TscSync,
     pub(crate) stats: Arc<StatsFile>,
     pub(crate) events: EventThread,
     pub(crate) enabled: EnabledCapabilities,
@@ -86,6 +88,7 @@ impl Vm {
             fd: memfd("kvm-vm", 0)?,
             memory: Arc::new(GuestMemory::new()),
             clock: Clock::new(),
+            tsc_sync: Default::default(),
             events: EventThread::start(stats.clone())?,
             stats,
             enabled: EnabledCapabilities::default(),

@@ -1,0 +1,256 @@
+//! KVM_SET_CPUID, KVM_SET_CPUID2 and KVM_GET_CPUID2 (KVM API, sections 4.20 and 4.42): the CPUID a
+//! vCPU was given, and what KVM itself derives from it: physical-address width, the XCR0 bits that may
+//! be set, which paravirtual features the guest may use. Also KVM's own leaves
+//! (`Documentation/virt/kvm/x86/cpuid.rst`).
+
+use std::sync::OnceLock;
+
+use anykvm_abi::{
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_FEATURE_ASYNC_PF, KVM_FEATURE_ASYNC_PF_INT,
+    KVM_FEATURE_CLOCKSOURCE, KVM_FEATURE_CLOCKSOURCE_STABLE_BIT, KVM_FEATURE_CLOCKSOURCE2,
+    KVM_FEATURE_NOP_IO_DELAY, KVM_FEATURE_POLL_CONTROL, KVM_FEATURE_PV_EOI,
+    KVM_FEATURE_PV_SCHED_YIELD, KVM_FEATURE_PV_SEND_IPI, KVM_FEATURE_PV_TLB_FLUSH,
+    KVM_FEATURE_PV_UNHALT, KVM_FEATURE_STEAL_TIME, kvm_cpuid_entry2,
+};
+use anykvm_cpu::CpuState;
+use anykvm_cpu::cpuid::{CpuidEntry, CpuidTable};
+
+use crate::error::{Errno, Result};
+
+/// KVM_MAX_CPUID_ENTRIES: more are E2BIG.
+pub(crate) const MAX_ENTRIES: usize = 256;
+
+/// First leaf of KVM's signature and features, unless another hypervisor's interface comes first.
+pub(crate) const KVM_SIGNATURE: u32 = 0x4000_0000;
+
+/// The paravirtual features of leaf 0x40000001.EAX that this implementation has.
+pub(crate) const KVM_FEATURES: u32 = 1 << KVM_FEATURE_CLOCKSOURCE
+    | 1 << KVM_FEATURE_NOP_IO_DELAY
+    | 1 << KVM_FEATURE_CLOCKSOURCE2
+    | 1 << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT
+    | 1 << KVM_FEATURE_ASYNC_PF
+    | 1 << KVM_FEATURE_ASYNC_PF_INT
+    | 1 << KVM_FEATURE_STEAL_TIME
+    | 1 << KVM_FEATURE_PV_EOI
+    | 1 << KVM_FEATURE_PV_UNHALT
+    | 1 << KVM_FEATURE_PV_TLB_FLUSH
+    | 1 << KVM_FEATURE_PV_SEND_IPI
+    | 1 << KVM_FEATURE_POLL_CONTROL
+    | 1 << KVM_FEATURE_PV_SCHED_YIELD;
+
+/// KVM's own leaves, for KVM_GET_SUPPORTED_CPUID.
+pub(crate) fn kvm_leaves() -> [kvm_cpuid_entry2; 2] {
+    let word = |text: &[u8; 4]| u32::from_le_bytes(*text);
+    [
+        kvm_cpuid_entry2 {
+            function: KVM_SIGNATURE,
+            eax: KVM_SIGNATURE + 1,
+            ebx: word(b"KVMK"),
+            ecx: word(b"VMKV"),
+            edx: word(b"M\0\0\0"),
+            ..Default::default()
+        },
+        kvm_cpuid_entry2 {
+            function: KVM_SIGNATURE + 1,
+            eax: KVM_FEATURES,
+            ..Default::default()
+        },
+    ]
+}
+
+/// KVM_GET_SUPPORTED_CPUID: what the processor implements, and KVM's own leaves.
+pub(crate) fn supported() -> Vec<kvm_cpuid_entry2> {
+    let own = anykvm_cpu::cpuid::supported()
+        .into_iter()
+        .map(|e| kvm_cpuid_entry2 {
+            function: e.function,
+            index: e.index,
+            flags: if e.significant_index {
+                KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+            } else {
+                0
+            },
+            eax: e.eax,
+            ebx: e.ebx,
+            ecx: e.ecx,
+            edx: e.edx,
+            padding: [0; 3],
+        });
+    own.chain(kvm_leaves()).collect()
+}
+
+/// The CPUID of one vCPU.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct GuestCpuid {
+    entries: Vec<kvm_cpuid_entry2>,
+    /// What the processor answers from; until CPUID is set, all that it implements.
+    table: CpuidTable,
+    is_set: bool,
+    features: Option<u32>,
+}
+
+impl GuestCpuid {
+    /// What user space gave, checked (`kvm_check_cpuid`).
+    pub fn new(entries: Vec<kvm_cpuid_entry2>) -> Result<Self> {
+        let table = CpuidTable::new(entries.iter().map(entry).collect());
+        // The width of linear addresses can only be that of 4- or 5-level paging.
+        let linear_bits = table.find(0x8000_0008, 0).map_or(48, |e| e.eax >> 8 & 0xff);
+        if !matches!(linear_bits, 0 | 48 | 57) {
+            return Err(Errno::EINVAL);
+        }
+        let features = find_features(&table);
+        Ok(Self {
+            entries,
+            table,
+            is_set: true,
+            features,
+        })
+    }
+
+    /// What the processor answers from.
+    pub fn table(&self) -> &CpuidTable {
+        &self.table
+    }
+    /// Whether user space has set it.
+    pub fn is_set(&self) -> bool {
+        self.is_set
+    }
+    /// Whether these are the same entries (which may be set again after the vCPU has run).
+    pub fn same(&self, other: &[kvm_cpuid_entry2]) -> bool {
+        self.entries == other
+    }
+
+    /// Whether the guest was told of a paravirtual feature.
+    pub fn has_kvm_feature(&self, feature: u32) -> bool {
+        self.features.is_some_and(|bits| bits >> feature & 1 != 0)
+    }
+
+    /// Address bits beyond MAXPHYADDR.
+    pub fn reserved_gpa_bits(&self) -> u64 {
+        u64::MAX
+            .checked_shl(self.table.phys_bits().into())
+            .unwrap_or(0)
+    }
+
+    /// XCR0 bits the guest may set: leaf 0xD's, among those there are.
+    pub fn supported_xcr0(&self) -> u64 {
+        self.table.xcr0_supported() & host_xcr0()
+    }
+
+    /// Family, model and stepping as leaf 1 gives them: EDX after RESET and INIT.
+    pub fn signature(&self) -> Option<u32> {
+        self.table.find(1, 0).map(|e| e.eax)
+    }
+
+    /// The entries with the bits that follow the processor's state (`kvm_update_cpuid_runtime`).
+    pub fn entries_now(&self, state: &CpuState, apic_enabled: bool) -> Vec<kvm_cpuid_entry2> {
+        self.entries
+            .iter()
+            .map(|e| {
+                let [eax, ebx, ecx, edx] =
+                    self.table.cpuid(state, apic_enabled, e.function, e.index);
+                kvm_cpuid_entry2 {
+                    eax,
+                    ebx,
+                    ecx,
+                    edx,
+                    ..*e
+                }
+            })
+            .collect()
+    }
+}
+
+fn entry(e: &kvm_cpuid_entry2) -> CpuidEntry {
+    CpuidEntry {
+        function: e.function,
+        index: e.index,
+        significant_index: e.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
+        eax: e.eax,
+        ebx: e.ebx,
+        ecx: e.ecx,
+        edx: e.edx,
+    }
+}
+
+/// KVM's feature leaf lies behind the signature, which is at a multiple of 0x100 (other interfaces
+/// may come first).
+fn find_features(table: &CpuidTable) -> Option<u32> {
+    let [signature, _] = kvm_leaves();
+    let signature = (signature.ebx, signature.ecx, signature.edx);
+    let base = (KVM_SIGNATURE..KVM_SIGNATURE + 0x1_0000)
+        .step_by(0x100)
+        .find(|leaf| {
+            table
+                .find(*leaf, 0)
+                .is_some_and(|e| (e.ebx, e.ecx, e.edx) == signature)
+        })?;
+    table.find(base + 1, 0).map(|e| e.eax)
+}
+
+/// XCR0 bits this processor has on this host.
+pub(crate) fn host_xcr0() -> u64 {
+    static BITS: OnceLock<u64> = OnceLock::new();
+    *BITS.get_or_init(|| CpuidTable::default().xcr0_supported())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anykvm_cpu::cpuid::feature;
+    use anykvm_cpu::state::cr4;
+
+    fn leaf(function: u32, index: Option<u32>, eax: u32, ecx: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index: index.unwrap_or(0),
+            flags: index.map_or(0, |_| KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
+            eax,
+            ecx,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn features_are_found_behind_another_interface() {
+        let [mut signature, mut features] = kvm_leaves();
+        signature.function += 0x100;
+        features.function += 0x100;
+        features.eax = 1 << KVM_FEATURE_PV_UNHALT;
+        let hyperv = leaf(KVM_SIGNATURE, None, 0x4000_0005, 0);
+        let cpuid = GuestCpuid::new(vec![hyperv, signature, features]).unwrap();
+        assert!(cpuid.has_kvm_feature(KVM_FEATURE_PV_UNHALT));
+        assert!(!cpuid.has_kvm_feature(KVM_FEATURE_PV_EOI));
+    }
+
+    #[test]
+    fn index_counts_only_where_it_is_significant() {
+        let cpuid = GuestCpuid::new(vec![
+            leaf(1, None, 0xf00, 1 << 21),
+            leaf(7, Some(1), 0, 4),
+            leaf(7, Some(0), 0, 8),
+        ])
+        .unwrap();
+        assert!(cpuid.table().has(feature::X2APIC));
+        assert!(cpuid.table().has(feature::PKU) && !cpuid.table().has(feature::UMIP));
+        assert_eq!(cpuid.signature(), Some(0xf00));
+    }
+
+    #[test]
+    fn odd_linear_widths_are_refused() {
+        for (bits, good) in [(0, true), (48, true), (57, true), (47, false), (64, false)] {
+            let e = leaf(0x8000_0008, None, bits << 8 | 40, 0);
+            assert_eq!(GuestCpuid::new(vec![e]).is_ok(), good, "{bits}");
+        }
+    }
+
+    #[test]
+    fn runtime_bits_follow_the_state() {
+        let cpuid = GuestCpuid::new(vec![leaf(1, None, 0, 0), leaf(0xd, Some(0), 7, 0)]).unwrap();
+        let mut s = CpuState::new();
+        s.cr4 = cr4::OSXSAVE;
+        s.xcr0 = 7;
+        let now = cpuid.entries_now(&s, true);
+        assert_eq!((now[0].ecx, now[0].edx, now[1].ebx), (1 << 27, 1 << 9, 832));
+    }
+}

@@ -1,0 +1,371 @@
+//! KVM's paravirtual interface of one vCPU (`Documentation/virt/kvm/x86/msr.rst`, `hypercalls.rst`,
+//! `cpuid.rst`): kvmclock by both MSR pairs, wall clock, steal time, PV EOI, asynchronous page faults
+//! (which never fire: guest RAM is always there when it is touched), poll control, and the
+//! `KVM_HC_*` hypercalls.
+
+use anykvm_abi::{
+    KVM_FEATURE_ASYNC_PF, KVM_FEATURE_ASYNC_PF_INT, KVM_FEATURE_CLOCKSOURCE,
+    KVM_FEATURE_CLOCKSOURCE2, KVM_FEATURE_POLL_CONTROL, KVM_FEATURE_PV_EOI,
+    KVM_FEATURE_PV_SCHED_YIELD, KVM_FEATURE_PV_SEND_IPI, KVM_FEATURE_PV_UNHALT,
+    KVM_FEATURE_STEAL_TIME, MSR_KVM_ASYNC_PF_ACK, MSR_KVM_ASYNC_PF_EN, MSR_KVM_ASYNC_PF_INT,
+    MSR_KVM_POLL_CONTROL, MSR_KVM_PV_EOI_EN, MSR_KVM_STEAL_TIME, MSR_KVM_SYSTEM_TIME,
+    MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_WALL_CLOCK, MSR_KVM_WALL_CLOCK_NEW,
+};
+use anykvm_cpu::CpuState;
+use anykvm_cpu::machine::Hypercall;
+use anykvm_cpu::memory::GuestMemory;
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::clock::{Clock, ClockPair};
+use crate::machine::VcpuMachine;
+use crate::msr::{Access, MsrAccess, MsrError};
+use crate::vcpu_requests::tsc_at;
+
+/// Bit 0 of an address MSR: in use.
+const ENABLED: u64 = 1;
+
+/// The MSRs, with the feature that announces each.
+const MSRS: &[(u32, u32)] = &[
+    (MSR_KVM_WALL_CLOCK, KVM_FEATURE_CLOCKSOURCE),
+    (MSR_KVM_SYSTEM_TIME, KVM_FEATURE_CLOCKSOURCE),
+    (MSR_KVM_WALL_CLOCK_NEW, KVM_FEATURE_CLOCKSOURCE2),
+    (MSR_KVM_SYSTEM_TIME_NEW, KVM_FEATURE_CLOCKSOURCE2),
+    (MSR_KVM_ASYNC_PF_EN, KVM_FEATURE_ASYNC_PF),
+    (MSR_KVM_ASYNC_PF_INT, KVM_FEATURE_ASYNC_PF_INT),
+    (MSR_KVM_ASYNC_PF_ACK, KVM_FEATURE_ASYNC_PF_INT),
+    (MSR_KVM_STEAL_TIME, KVM_FEATURE_STEAL_TIME),
+    (MSR_KVM_PV_EOI_EN, KVM_FEATURE_PV_EOI),
+    (MSR_KVM_POLL_CONTROL, KVM_FEATURE_POLL_CONTROL),
+];
+
+/// The registers of the paravirtual interface.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Paravirt {
+    wall_clock: u64,
+    system_time: u64,
+    async_pf_en: u64,
+    async_pf_int: u64,
+    steal_time: u64,
+    pv_eoi: u64,
+    poll_control: u64,
+    /// `Clock::generation` when the guest's clock page was last written.
+    clock_generation: Option<u32>,
+    /// The VMM says that it stopped the guest (KVM_KVMCLOCK_CTRL).
+    guest_stopped: bool,
+    /// `pvclock_vcpu_time_info.version`, even.
+    version: u32,
+}
+
+impl Default for Paravirt {
+    fn default() -> Self {
+        Self {
+            wall_clock: 0,
+            system_time: 0,
+            async_pf_en: 0,
+            async_pf_int: 0,
+            steal_time: 0,
+            pv_eoi: 0,
+            poll_control: 1,
+            clock_generation: None,
+            guest_stopped: false,
+            version: 0,
+        }
+    }
+}
+
+/// `PVCLOCK_TSC_STABLE_BIT`.
+const TSC_STABLE: u8 = 1;
+/// `PVCLOCK_GUEST_STOPPED`.
+const GUEST_STOPPED: u8 = 2;
+
+/// A frequency as a multiplier and shift that turn its cycles into nanoseconds
+/// (`kvm_get_time_scale`): ns = (cycles << shift) × mul >> 32.
+pub(crate) fn time_scale(khz: u32) -> (u32, i8) {
+    let mut shift = 0i8;
+    let mut scaled = 1_000_000_000u64;
+    let mut base = u64::from(khz.max(1)) * 1000;
+    while base > scaled * 2 || base >> 32 != 0 {
+        base >>= 1;
+        shift -= 1;
+    }
+    let mut base = base as u32;
+    while base <= scaled as u32 || scaled >> 32 != 0 {
+        if scaled >> 32 != 0 || base & 1 << 31 != 0 {
+            scaled >>= 1;
+        } else {
+            base <<= 1;
+        }
+        shift += 1;
+    }
+    (((scaled << 32) / u64::from(base)) as u32, shift)
+}
+
+/// `struct pvclock_vcpu_time_info`.
+fn time_info(version: u32, pair: ClockPair, s: &CpuState, khz: u32, flags: u8) -> [u8; 32] {
+    let (mul, shift) = time_scale(khz);
+    let mut info = [0; 32];
+    info[..4].copy_from_slice(&version.to_le_bytes());
+    info[8..16].copy_from_slice(&tsc_at(pair.tsc, s.tsc_offset, s.tsc_ratio).to_le_bytes());
+    info[16..24].copy_from_slice(&pair.ns.to_le_bytes());
+    info[24..28].copy_from_slice(&mul.to_le_bytes());
+    info[28] = shift as u8;
+    info[29] = flags;
+    info
+}
+
+impl Paravirt {
+    fn register(&mut self, index: u32) -> Option<&mut u64> {
+        Some(match index {
+            MSR_KVM_WALL_CLOCK | MSR_KVM_WALL_CLOCK_NEW => &mut self.wall_clock,
+            MSR_KVM_SYSTEM_TIME | MSR_KVM_SYSTEM_TIME_NEW => &mut self.system_time,
+            MSR_KVM_ASYNC_PF_EN => &mut self.async_pf_en,
+            MSR_KVM_ASYNC_PF_INT => &mut self.async_pf_int,
+            MSR_KVM_STEAL_TIME => &mut self.steal_time,
+            MSR_KVM_PV_EOI_EN => &mut self.pv_eoi,
+            MSR_KVM_POLL_CONTROL => &mut self.poll_control,
+            _ => return None,
+        })
+    }
+
+    /// Whether the guest's clock page must be written anew.
+    pub fn is_stale(&self, clock: &Clock) -> bool {
+        !clock.host().stable || self.clock_generation != Some(clock.generation())
+    }
+
+    /// Writes the guest's clock page when it is due (KVM_REQ_CLOCK_UPDATE): after the guest registered
+    /// it, after the clock or TSC was set, and always where the TSC alone cannot tell the time.
+    pub fn update_clock(&mut self, s: &CpuState, clock: &Clock, khz: u32, memory: &GuestMemory) {
+        if self.system_time & ENABLED == 0 {
+            return;
+        }
+        let stable = clock.host().stable;
+        self.clock_generation = Some(clock.generation());
+        let pair = clock.pair();
+        let mut flags = if stable { TSC_STABLE } else { 0 };
+        if std::mem::take(&mut self.guest_stopped) {
+            flags |= GUEST_STOPPED;
+        }
+        let at = self.system_time & !ENABLED;
+        // The version is odd while the rest is written, so that the guest reads again.
+        self.version = self.version.wrapping_add(2);
+        let odd = self.version.wrapping_sub(1);
+        let info = time_info(self.version, pair, s, khz, flags);
+        let written = memory
+            .write(at, &odd.to_le_bytes())
+            .and_then(|()| memory.write(at + 4, &info[4..]))
+            .and_then(|()| memory.write(at, &info[..4]));
+        if written.is_err() {
+            // As in Linux an address that is not RAM is the guest's loss.
+            self.clock_generation = None;
+        }
+    }
+
+    /// The TSC's relation to the host's changed: the clock page is to be written anew.
+    pub fn tsc_changed(&mut self) {
+        self.clock_generation = None;
+    }
+
+    /// KVM_KVMCLOCK_CTRL; false if the guest has no kvmclock.
+    pub fn set_guest_stopped(&mut self) -> bool {
+        if self.system_time & ENABLED == 0 {
+            return false;
+        }
+        self.guest_stopped = true;
+        self.clock_generation = None;
+        true
+    }
+}
+
+/// What a WRMSR must have in order to be taken: reserved bits clear, and the structure aligned.
+fn valid(index: u32, value: u64) -> bool {
+    let aligned = |align: u64| value & ENABLED == 0 || value & (align - 1) & !ENABLED == 0;
+    match index {
+        MSR_KVM_STEAL_TIME => aligned(64),
+        MSR_KVM_PV_EOI_EN => aligned(4),
+        // Bits 4 and 5 are reserved, 1-3 are modes.
+        MSR_KVM_ASYNC_PF_EN => value & 0x30 == 0,
+        MSR_KVM_ASYNC_PF_INT => value <= 0xff,
+        MSR_KVM_POLL_CONTROL => value <= 1,
+        _ => true,
+    }
+}
+
+impl VcpuMachine {
+    /// Whether the MSR exists for whoever asks: with KVM_CAP_ENFORCE_PV_FEATURE_CPUID a guest has only
+    /// what its CPUID announces.
+    fn paravirt_msr(&self, index: u32, access: Access) -> MsrAccess<()> {
+        let Some((_, feature)) = MSRS.iter().find(|(i, _)| *i == index) else {
+            return Err(MsrError::Unknown);
+        };
+        if access == Access::Guest && !self.guest_may_use(*feature) {
+            return Err(MsrError::Unknown);
+        }
+        Ok(())
+    }
+
+    /// RDMSR of KVM's own MSRs.
+    pub fn paravirt_read(&self, index: u32, access: Access) -> MsrAccess<u64> {
+        self.paravirt_msr(index, access)?;
+        if index == MSR_KVM_ASYNC_PF_ACK {
+            return Ok(0);
+        }
+        self.paravirt()
+            .register(index)
+            .copied()
+            .ok_or(MsrError::Unknown)
+    }
+
+    /// WRMSR of KVM's own MSRs.
+    pub fn paravirt_write(&self, index: u32, value: u64, access: Access) -> MsrAccess<()> {
+        self.paravirt_msr(index, access)?;
+        if index == MSR_KVM_ASYNC_PF_ACK {
+            return Ok(());
+        }
+        if !valid(index, value) {
+            return Err(MsrError::Invalid);
+        }
+        {
+            let mut paravirt = self.paravirt();
+            if let Some(register) = paravirt.register(index) {
+                *register = value;
+            }
+            if matches!(index, MSR_KVM_SYSTEM_TIME | MSR_KVM_SYSTEM_TIME_NEW) {
+                paravirt.clock_generation = None;
+            }
+        }
+        match index {
+            MSR_KVM_SYSTEM_TIME | MSR_KVM_SYSTEM_TIME_NEW => {
+                self.set_uses_clock(value & ENABLED != 0);
+                self.request_clock_update();
+            }
+            MSR_KVM_WALL_CLOCK | MSR_KVM_WALL_CLOCK_NEW if value != 0 => {
+                self.write_wall_clock(value);
+            }
+            MSR_KVM_STEAL_TIME if value & ENABLED != 0 => self.clear_steal_time(value & !ENABLED),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// `struct pvclock_wall_clock`: the time of day when kvmclock was 0.
+    fn write_wall_clock(&self, at: u64) {
+        let memory = self.vm().memory();
+        let mut version = [0; 4];
+        if memory.read(at, &mut version).is_err() {
+            return;
+        }
+        let version = u32::from_le_bytes(version) | 1;
+        let now = clock_gettime(ClockId::Realtime);
+        let realtime = now.tv_sec as i128 * 1_000_000_000 + now.tv_nsec as i128;
+        let boot = (realtime - i128::from(self.vm().clock().now().ns)).max(0);
+        let mut data = [0; 8];
+        data[..4].copy_from_slice(&((boot / 1_000_000_000) as u32).to_le_bytes());
+        data[4..].copy_from_slice(&((boot % 1_000_000_000) as u32).to_le_bytes());
+        // The address was read, so it is RAM; if the slot is read-only the guest keeps what it has.
+        let _ = memory
+            .write(at, &version.to_le_bytes())
+            .and_then(|()| memory.write(at + 4, &data))
+            .and_then(|()| memory.write(at, &version.wrapping_add(1).to_le_bytes()));
+    }
+
+    /// `struct kvm_steal_time`: no time is accounted as stolen, and the vCPU is never marked as
+    /// preempted, so the guest sends it the interrupts it would otherwise save.
+    fn clear_steal_time(&self, at: u64) {
+        // Not RAM: the guest's loss, as in Linux.
+        let _ = self.vm().memory().write(at, &[0; 64]);
+    }
+
+    /// VMCALL and VMMCALL (`kvm_emulate_hypercall`).
+    pub fn do_hypercall(&self, s: &CpuState, nr: u64, args: [u64; 5]) -> Hypercall {
+        let wide = s.code64();
+        let [nr, a0, a1, a2, a3, _] = [nr, args[0], args[1], args[2], args[3], args[4]]
+            .map(|v| if wide { v } else { u64::from(v as u32) });
+        let result = if s.cpl() != 0 {
+            -i64::from(anykvm_abi::KVM_EPERM)
+        } else {
+            match (nr as u32, nr >> 32) {
+                (anykvm_abi::KVM_HC_VAPIC_POLL_IRQ, 0) => 0,
+                (anykvm_abi::KVM_HC_KICK_CPU, 0) if self.guest_may_use(KVM_FEATURE_PV_UNHALT) => {
+                    if let Some(chip) = self.vm().irqchip() {
+                        chip.pv_kick(a1 as u32);
+                    }
+                    0
+                }
+                (anykvm_abi::KVM_HC_CLOCK_PAIRING, 0) => self.clock_pairing(s, a0, a1),
+                (anykvm_abi::KVM_HC_SEND_IPI, 0) if self.guest_may_use(KVM_FEATURE_PV_SEND_IPI) => {
+                    match self
+                        .vm()
+                        .irqchip()
+                        .map(|c| c.pv_send_ipi([a0, a1], a2 as u32, a3, wide))
+                    {
+                        Some(Ok(n)) => n.into(),
+                        _ => -i64::from(anykvm_abi::KVM_ENOSYS),
+                    }
+                }
+                (anykvm_abi::KVM_HC_SCHED_YIELD, 0)
+                    if self.guest_may_use(KVM_FEATURE_PV_SCHED_YIELD) =>
+                {
+                    std::thread::yield_now();
+                    0
+                }
+                _ => -i64::from(anykvm_abi::KVM_ENOSYS),
+            }
+        };
+        Hypercall::Done(if wide {
+            result as u64
+        } else {
+            u64::from(result as u32)
+        })
+    }
+
+    /// `struct kvm_clock_pairing`: the host's time of day and the guest's TSC at one moment.
+    fn clock_pairing(&self, s: &CpuState, at: u64, kind: u64) -> i64 {
+        const WALLCLOCK: u64 = 0;
+        let clock = self.vm().clock();
+        if kind != WALLCLOCK || !clock.host().stable {
+            return -i64::from(anykvm_abi::KVM_EOPNOTSUPP);
+        }
+        let now = clock_gettime(ClockId::Realtime);
+        let tsc = tsc_at(anykvm_cpu::host_tsc(), s.tsc_offset, s.tsc_ratio);
+        let mut data = [0; 64];
+        data[..8].copy_from_slice(&now.tv_sec.to_le_bytes());
+        data[8..16].copy_from_slice(&now.tv_nsec.to_le_bytes());
+        data[16..24].copy_from_slice(&tsc.to_le_bytes());
+        match self.vm().memory().write(at, &data) {
+            Ok(()) => 0,
+            Err(_) => -i64::from(anykvm_abi::KVM_EFAULT),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scale_turns_cycles_into_nanoseconds() {
+        for khz in [
+            1_000u32, 999_999, 1_000_000, 2_445_404, 3_999_999, 9_000_000,
+        ] {
+            let (mul, shift) = time_scale(khz);
+            let cycles = u64::from(khz) * 1000 * 10;
+            let shifted = if shift < 0 {
+                u128::from(cycles >> -shift)
+            } else {
+                u128::from(cycles) << shift
+            };
+            let ns = (shifted * u128::from(mul)) >> 32;
+            let error = (ns as i128 - 10_000_000_000).abs();
+            assert!(error < 20_000, "{khz} kHz: {ns}");
+        }
+    }
+
+    #[test]
+    fn reserved_bits() {
+        assert!(!valid(MSR_KVM_STEAL_TIME, 0x21));
+        assert!(valid(MSR_KVM_STEAL_TIME, 0x41));
+        assert!(!valid(MSR_KVM_PV_EOI_EN, 3));
+        assert!(!valid(MSR_KVM_POLL_CONTROL, 2));
+        assert!(!valid(MSR_KVM_ASYNC_PF_EN, 0x11));
+    }
+}

@@ -1,0 +1,415 @@
+//! KVM_RUN (KVM API, sections 4.10 and 5): completes what the last exit left open, then runs the guest
+//! until something needs the VMM.
+//!
+//! The order is Linux's (`kvm_arch_vcpu_ioctl_run`): registers that the VMM changed through the run
+//! page, CR8, the pending I/O; only then `immediate_exit` and kicks; then the guest. On every way out
+//! the run page gets the interrupt flags, CR8, the APIC base and the registers asked for.
+
+use anykvm_abi::{
+    KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR,
+    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_TPR_ACCESS, KVM_EXIT_X86_RDMSR,
+    KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_RUN_X86_SMM, KVM_SYNC_X86_EVENTS,
+    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_regs, kvm_sregs, kvm_vcpu_events,
+};
+use anykvm_cpu::events::MpState;
+use anykvm_cpu::exit::{Direction, InternalError};
+use anykvm_cpu::requests::{EVENT, KICK, OWNER, PAUSE};
+use anykvm_cpu::state::rflags;
+use anykvm_cpu::{Exit, Machine};
+
+use crate::error::{Errno, Result};
+use crate::run_page::{PIO_BYTES, PIO_DATA, sync};
+use crate::vcpu::{Core, Vcpu};
+use crate::vcpu_stats::VcpuStat;
+use crate::{events, registers};
+
+/// What the VMM's answer to the last exit is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Completion {
+    /// Nothing to hand over.
+    None,
+    /// Port input: this many bytes of the data page.
+    PortIn(usize),
+    /// MMIO read: this many bytes of `mmio.data`.
+    MmioRead(usize),
+    /// RDMSR: `msr.error` and `msr.data`.
+    MsrRead,
+    /// WRMSR: `msr.error`.
+    MsrWrite,
+    /// `hypercall.ret`.
+    Hypercall,
+}
+
+/// KVM_SYNC_X86_VALID_FIELDS.
+const SYNC_FIELDS: u64 = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS) as u64;
+
+/// KVM_RUN goes on in the guest, or returns this exit reason.
+enum Next {
+    Guest,
+    User(u32),
+}
+
+impl Vcpu {
+    /// KVM_RUN.
+    pub fn run(&self) -> Result<()> {
+        let mut core = self.lock();
+        let page = self.machine().run();
+        page.set_flags(0);
+        let result = self.enter(&mut core);
+        match result {
+            Ok(reason) => page.set_exit_reason(reason),
+            Err(Errno::EINTR) => {
+                page.set_exit_reason(KVM_EXIT_INTR);
+                self.count(VcpuStat::SignalExits);
+            }
+            Err(_) => {}
+        }
+        self.save_to_page(&mut core);
+        result.map(|_| ())
+    }
+
+    fn count(&self, stat: VcpuStat) {
+        self.stats().add(stat as usize, 1);
+    }
+
+    fn enter(&self, core: &mut Core) -> Result<u32> {
+        let page = self.machine().run();
+        if core.cpu.state.events.mp_state == MpState::Uninitialized {
+            return self.wait_for_init(core);
+        }
+        if (page.kvm_valid_regs() | page.kvm_dirty_regs()) & !SYNC_FIELDS != 0 {
+            return Err(Errno::EINVAL);
+        }
+        if page.kvm_dirty_regs() != 0 {
+            self.load_from_page(core)?;
+        }
+        if self.machine().lapic().is_none() {
+            let cr8 = page.cr8();
+            if cr8 > 15 {
+                return Err(Errno::EINVAL);
+            }
+            self.machine().store_cr8(cr8);
+        }
+        self.hand_over(core);
+        let stop = page.immediate_exit() != 0;
+        if stop || self.kick().requests().pending() & KICK != 0 {
+            if !core.cpu.io.pending() {
+                self.kick().requests().take(KICK);
+                core.cpu.new_epoch();
+                return Err(Errno::EINTR);
+            }
+            // The processor completes the instruction, then sees the request.
+            self.kick().requests().set(KICK);
+        }
+        if page.request_interrupt_window() != 0 {
+            self.kick().requests().set(EVENT);
+        }
+        core.has_run = true;
+        loop {
+            if core.cpu.state.events.mp_state != MpState::Runnable {
+                self.block(core)?;
+                continue;
+            }
+            self.before_entry(core);
+            let exit = core.cpu.run(u64::MAX);
+            if let Next::User(reason) = self.handle_exit(core, exit)? {
+                return Ok(reason);
+            }
+        }
+    }
+
+    /// Gives the processor what the VMM answered.
+    fn hand_over(&self, core: &mut Core) {
+        let page = self.machine().run();
+        let cpu = &mut core.cpu;
+        match std::mem::replace(&mut core.completion, Completion::None) {
+            Completion::None => {}
+            Completion::PortIn(n) => page.read_pio(&mut cpu.io.data[..n.min(PIO_BYTES)]),
+            Completion::MmioRead(n) => {
+                cpu.complete_mmio_read(&page.mmio_data().to_le_bytes()[..n.min(8)]);
+            }
+            Completion::MsrRead | Completion::MsrWrite => {
+                let value = page.msr_data();
+                cpu.complete_msr((page.msr_error() == 0).then_some(value));
+            }
+            Completion::Hypercall => cpu.complete_hypercall(page.hypercall_ret()),
+        }
+    }
+
+    /// What is looked at each time the guest is entered.
+    fn before_entry(&self, core: &mut Core) {
+        let machine = self.machine();
+        if machine.take_clock_due() || machine.clock_is_stale() {
+            let clock = self.vm().clock();
+            machine.paravirt().update_clock(
+                &core.cpu.state,
+                clock,
+                machine.tsc_khz(),
+                self.vm().memory(),
+            );
+        }
+        if core.vapic_addr != 0 {
+            self.sync_vapic(core);
+        }
+    }
+
+    fn handle_exit(&self, core: &mut Core, exit: Exit) -> Result<Next> {
+        let page = self.machine().run();
+        let state = &core.cpu.state;
+        let reason = match exit {
+            Exit::Io {
+                direction,
+                size,
+                port,
+                count,
+            } => {
+                let n = (usize::from(size) * count as usize).min(PIO_BYTES);
+                page.set_io_size(size);
+                page.set_io_port(port);
+                page.set_io_count(count);
+                page.set_io_data_offset(PIO_DATA as u64);
+                match direction {
+                    Direction::In => {
+                        page.set_io_direction(KVM_EXIT_IO_IN as u8);
+                        core.completion = Completion::PortIn(n);
+                    }
+                    Direction::Out => {
+                        page.set_io_direction(KVM_EXIT_IO_OUT as u8);
+                        page.write_pio(&core.cpu.io.data[..n]);
+                    }
+                }
+                self.count(VcpuStat::IoExits);
+                KVM_EXIT_IO
+            }
+            Exit::MmioRead { gpa, len } => {
+                page.set_mmio_phys_addr(gpa);
+                page.set_mmio_len(len.into());
+                page.set_mmio_is_write(0);
+                core.completion = Completion::MmioRead(len.into());
+                self.count(VcpuStat::MmioExits);
+                KVM_EXIT_MMIO
+            }
+            Exit::MmioWrite { gpa, len, data } => {
+                page.set_mmio_phys_addr(gpa);
+                page.set_mmio_len(len.into());
+                page.set_mmio_is_write(1);
+                page.set_mmio_data(u64::from_le_bytes(data));
+                self.count(VcpuStat::MmioExits);
+                KVM_EXIT_MMIO
+            }
+            Exit::Hlt => {
+                self.count(VcpuStat::HaltExits);
+                if self.machine().lapic().is_some() {
+                    core.cpu.state.events.mp_state = MpState::Halted;
+                    return Ok(Next::Guest);
+                }
+                KVM_EXIT_HLT
+            }
+            Exit::Request => return self.serve_requests(core),
+            Exit::Shutdown => KVM_EXIT_SHUTDOWN,
+            Exit::Debug { vector, dr6, dr7 } => {
+                page.set_debug_exception(vector.into());
+                page.set_debug_pc(linear_rip(state));
+                page.set_debug_dr6(dr6);
+                page.set_debug_dr7(dr7);
+                KVM_EXIT_DEBUG
+            }
+            Exit::MsrRead { index, reason } => {
+                page.set_msr_error(0);
+                page.set_msr_reason(reason);
+                page.set_msr_index(index);
+                page.set_msr_data(0);
+                core.completion = Completion::MsrRead;
+                KVM_EXIT_X86_RDMSR
+            }
+            Exit::MsrWrite {
+                index,
+                value,
+                reason,
+            } => {
+                page.set_msr_error(0);
+                page.set_msr_reason(reason);
+                page.set_msr_index(index);
+                page.set_msr_data(value);
+                core.completion = Completion::MsrWrite;
+                KVM_EXIT_X86_WRMSR
+            }
+            Exit::Hypercall { nr, args } => {
+                page.set_hypercall_nr(nr);
+                for (i, arg) in args.iter().enumerate() {
+                    page.set_hypercall_arg(i, *arg);
+                }
+                page.set_hypercall_arg(5, 0);
+                page.set_hypercall_ret(0);
+                page.set_hypercall_flags(u64::from(state.code64()));
+                core.completion = Completion::Hypercall;
+                KVM_EXIT_HYPERCALL
+            }
+            Exit::SetTpr => KVM_EXIT_SET_TPR,
+            Exit::IoapicEoi { vector } => {
+                page.set_eoi_vector(vector);
+                KVM_EXIT_IOAPIC_EOI
+            }
+            Exit::TprAccess { rip, is_write } => self.report_tpr_access(rip, is_write),
+            Exit::IrqWindowOpen => {
+                self.count(VcpuStat::IrqWindowExits);
+                KVM_EXIT_IRQ_WINDOW_OPEN
+            }
+            Exit::InternalError(error) => self.report_internal_error(core, error),
+            Exit::BadMemory => return Err(Errno::EFAULT),
+            Exit::Budget => return Ok(Next::Guest),
+        };
+        Ok(Next::User(reason))
+    }
+
+    fn report_tpr_access(&self, rip: u64, is_write: bool) -> u32 {
+        let page = self.machine().run();
+        page.set_tpr_access_rip(rip);
+        page.set_tpr_access_is_write(is_write.into());
+        KVM_EXIT_TPR_ACCESS
+    }
+
+    /// The processor could not go on: the exit, and one line for whoever reads the VMM's output.
+    fn report_internal_error(&self, core: &mut Core, error: InternalError) -> u32 {
+        let page = self.machine().run();
+        self.count(VcpuStat::InternalErrors);
+        let state = &core.cpu.state;
+        match error {
+            InternalError::Emulation { rip, bytes, len } => {
+                let bytes = &bytes[..usize::from(len).min(15)];
+                page.set_internal_suberror(KVM_INTERNAL_ERROR_EMULATION);
+                // `flags` and the two words of the instruction.
+                page.set_internal_ndata(3);
+                page.set_emulation_failure_flags(
+                    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES.into(),
+                );
+                page.set_emulation_failure_insn(bytes);
+                let text = anykvm_cpu::dump::disassemble(bytes, core.cpu.mode().bits(), rip);
+                eprintln!(
+                    "anykvm: vcpu {}: instruction not implemented at rip {rip:#x} ({}): {bytes:02x?}: {text}",
+                    self.id(),
+                    anykvm_cpu::dump::mode_name(state),
+                );
+            }
+            InternalError::DeliveryEvent { vector } => {
+                page.set_internal_suberror(KVM_INTERNAL_ERROR_DELIVERY_EV);
+                page.set_internal_ndata(1);
+                page.set_internal_data(0, vector.into());
+                eprintln!(
+                    "anykvm: vcpu {}: vector {vector} could not be delivered at rip {:#x} ({})",
+                    self.id(),
+                    state.rip(),
+                    anykvm_cpu::dump::mode_name(state),
+                );
+            }
+        }
+        KVM_EXIT_INTERNAL_ERROR
+    }
+
+    /// Request bits that the processor leaves to its owner.
+    fn serve_requests(&self, core: &mut Core) -> Result<Next> {
+        let taken = self.kick().requests().take(KICK | OWNER | PAUSE);
+        if taken & OWNER != 0 {
+            self.accept_apic_events(core);
+            if let Some((rip, is_write)) = self.requests().take_tpr_access() {
+                if taken & KICK != 0 {
+                    self.kick().requests().set(KICK);
+                }
+                return Ok(Next::User(self.report_tpr_access(rip, is_write)));
+            }
+        }
+        if taken & KICK != 0 {
+            core.cpu.new_epoch();
+            return Err(Errno::EINTR);
+        }
+        Ok(Next::Guest)
+    }
+
+    /// `kvm_run.kvm_dirty_regs`: registers that the VMM changed in the run page.
+    fn load_from_page(&self, core: &mut Core) -> Result<()> {
+        let page = self.machine().run();
+        let mut dirty = page.kvm_dirty_regs();
+        let mut take = |bit: u32| {
+            let set = dirty & u64::from(bit) != 0;
+            dirty &= !u64::from(bit);
+            page.set_kvm_dirty_regs(dirty);
+            set
+        };
+        if take(KVM_SYNC_X86_REGS) {
+            let regs: kvm_regs = page.sync_read(sync::REGS);
+            registers::set_regs(&mut core.cpu.state, &regs);
+        }
+        if take(KVM_SYNC_X86_SREGS) {
+            let sregs: kvm_sregs = page.sync_read(sync::SREGS);
+            self.set_sregs_locked(core, &sregs)?;
+        }
+        if take(KVM_SYNC_X86_EVENTS) {
+            let new: kvm_vcpu_events = page.sync_read(sync::EVENTS);
+            self.set_events_locked(core, &new)?;
+        }
+        core.cpu.state_changed();
+        Ok(())
+    }
+
+    /// What the run page says after every KVM_RUN (`post_kvm_run_save`, `store_regs`).
+    fn save_to_page(&self, core: &mut Core) {
+        let page = self.machine().run();
+        let machine = self.machine();
+        let interrupts_on = core.cpu.state.rflags & rflags::IF != 0;
+        page.set_if_flag(interrupts_on.into());
+        page.set_cr8(machine.read_cr8());
+        page.set_apic_base(machine.apic_base());
+        let ready = machine.pic_in_kernel() || self.ready_for_interrupt(core, interrupts_on);
+        page.set_ready_for_interrupt_injection(ready.into());
+        if core.cpu.state.events.smm {
+            page.set_flags(KVM_RUN_X86_SMM as u16);
+        }
+        let valid = page.kvm_valid_regs();
+        let wants = |bit: u32| valid & u64::from(bit) != 0;
+        if wants(KVM_SYNC_X86_REGS) {
+            page.sync_write(sync::REGS, &registers::regs(&core.cpu.state));
+        }
+        if wants(KVM_SYNC_X86_SREGS) {
+            let sregs = registers::sregs(&core.cpu.state, self.apic_view());
+            page.sync_write(sync::SREGS, &sregs);
+        }
+        if wants(KVM_SYNC_X86_EVENTS) {
+            let caps = self.event_capabilities();
+            page.sync_write(sync::EVENTS, &events::get(&mut core.cpu.state, caps));
+        }
+        self.publish_counters(core);
+    }
+
+    /// `kvm_vcpu_ready_for_interrupt_injection`.
+    fn ready_for_interrupt(&self, core: &Core, interrupts_on: bool) -> bool {
+        let e = &core.cpu.state.events;
+        interrupts_on
+            && e.shadow == 0
+            && !e.interrupt.injected
+            && !e.exception.injected
+            && !e.exception.pending
+            && !e.nmi_injected
+            && self.machine().accepts_user_interrupt()
+    }
+
+    fn publish_counters(&self, core: &Core) {
+        let stats = self.stats();
+        let counters = &core.cpu.counters;
+        stats.add(VcpuStat::Exits as usize, 1);
+        stats.set(VcpuStat::Instructions as usize, counters.instructions);
+        stats.set(VcpuStat::Blocks as usize, counters.blocks);
+        stats.set(VcpuStat::DecodedBlocks as usize, counters.decoded);
+        stats.set(VcpuStat::EventsDelivered as usize, counters.events);
+    }
+}
+
+/// CS base plus RIP (`kvm_get_linear_rip`).
+pub(crate) fn linear_rip(s: &anykvm_cpu::CpuState) -> u64 {
+    if s.code64() {
+        return s.rip();
+    }
+    let base = s.seg[usize::from(anykvm_cpu::state::seg::CS)].base;
+    base.wrapping_add(s.rip()) & 0xffff_ffff
+}
