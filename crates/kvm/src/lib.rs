@@ -40,6 +40,7 @@ mod run_page;
 mod run_tests;
 mod stats;
 mod system;
+mod trace;
 mod tsc;
 mod user;
 mod vcpu;
