@@ -32,6 +32,9 @@ pub const MXCSR_MASK: u32 = 0xffff;
 
 /// The handler of an instruction that a stub can run; the stub's number goes into the instruction.
 pub fn select(insn: &mut Insn) -> Option<Handler> {
+    if let Some(handler) = super::simd_moves::select(insn) {
+        return Some(handler);
+    }
     let packed = assist::bind(&insn.raw)?;
     if !assist::host_has(&insn.raw) {
         return Some(unavailable);
