@@ -236,7 +236,7 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
         let shift = if code & HIGH_BYTE != 0 { 8 } else { 0 };
         cpu.assist.gprs[slot] = cpu.state.regs[code & 15] >> shift;
     }
-    cpu.assist.flags = cpu.state.rflags & crate::state::rflags::STATUS;
+    cpu.assist.set_flags(cpu.state.rflags);
     let mxcsr = cpu.state.xsave.u32(XsaveArea::MXCSR);
     cpu.assist.mxcsr = host_mxcsr(mxcsr);
     if stub.x87 {
@@ -283,7 +283,7 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
         }
     }
     if stub.flags != 0 {
-        cpu.state.rflags = cpu.state.rflags & !stub.flags | cpu.assist.flags & stub.flags;
+        cpu.state.rflags = cpu.state.rflags & !stub.flags | cpu.assist.flags() & stub.flags;
     }
     Ok(())
 }
