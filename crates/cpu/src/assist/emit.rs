@@ -53,7 +53,11 @@ impl Emitter {
     /// The status flags: SAHF sets all but OF, which 1 + 127 sets.
     fn load_flags(&mut self) -> Result<(), IcedError> {
         self.load(Code::Mov_r32_rm32, Register::EAX, offset::FLAGS)?;
-        self.put(&Instruction::with2(Code::Add_AL_imm8, Register::AL, 127_i32)?)?;
+        self.put(&Instruction::with2(
+            Code::Add_AL_imm8,
+            Register::AL,
+            127_i32,
+        )?)?;
         self.plain(Code::Sahf)
     }
 

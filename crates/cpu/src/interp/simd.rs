@@ -162,6 +162,8 @@ impl Cpu {
     ) -> Result<[u8; 64], Stop> {
         let mut buf = [0; 64];
         match size {
+            16 => buf[..16].copy_from_slice(&self.read_16(seg, offset)?),
+            32 => buf[..32].copy_from_slice(self.read_32(seg, offset)?.as_flattened()),
             8 => buf[..8].copy_from_slice(&self.read_at::<u64>(seg, offset)?.to_le_bytes()),
             4 => buf[..4].copy_from_slice(&self.read_at::<u32>(seg, offset)?.to_le_bytes()),
             2 => buf[..2].copy_from_slice(&self.read_at::<u16>(seg, offset)?.to_le_bytes()),

@@ -122,14 +122,12 @@ fn set<const VEX: bool>(cpu: &mut Cpu, n: u8, v: &Halves) {
 #[inline(always)]
 fn read<const WIDE: bool>(cpu: &mut Cpu, insn: &Insn) -> Result<Halves, Stop> {
     let offset = cpu.effective_address(insn);
-    let mut v = [[0; 16]; 2];
-    let bytes = v.as_flattened_mut();
-    cpu.read_bytes(
-        insn.seg,
-        offset,
-        if WIDE { bytes } else { &mut bytes[..16] },
-    )?;
-    Ok((v[0], v[1]))
+    if WIDE {
+        let [lo, hi] = cpu.read_32(insn.seg, offset)?;
+        Ok((lo, hi))
+    } else {
+        Ok((cpu.read_16(insn.seg, offset)?, [0; 16]))
+    }
 }
 
 #[inline(always)]
@@ -169,10 +167,12 @@ fn store<const VEX: bool, const WIDE: bool, const ALIGNED: bool>(
         check_aligned::<WIDE>(cpu, insn)?;
     }
     let (lo, hi) = get::<WIDE>(cpu, insn.op1);
-    let v = [lo, hi];
-    let bytes = v.as_flattened();
     let offset = cpu.effective_address(insn);
-    cpu.write_bytes(insn.seg, offset, if WIDE { bytes } else { &bytes[..16] })
+    if WIDE {
+        cpu.write_32(insn.seg, offset, [lo, hi])
+    } else {
+        cpu.write_16(insn.seg, offset, lo)
+    }
 }
 
 /// Moves of the low 4 or 8 bytes.
