@@ -27,6 +27,8 @@ impl Cpu {
         self.participant.leave();
         if faulted {
             self.requests.take(requests::KICK);
+            // An instruction behind the access may have left one; it belongs to this run.
+            self.exit = None;
             return Exit::BadMemory;
         }
         exit

@@ -18,7 +18,6 @@ mod muldiv;
 mod shift;
 pub mod simd;
 mod simd_masked;
-mod simd_moves;
 mod simd_state;
 mod stack;
 mod string;
