@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use anykvm::{Object, System};
 
-use crate::files::{self, File};
+use crate::files::{self, File, FileRef};
 use crate::{signals, sys};
 
 /// Device number of `/dev/kvm` (`MISC_MAJOR`, `KVM_MINOR`).
@@ -89,6 +89,26 @@ pub fn open(flags: c_int) -> Result<c_int, c_int> {
         let object = Object::System(system.map_err(|e| e.errno())?);
         open_object(object, flags & libc::O_CLOEXEC != 0)
     })
+}
+
+/// The file behind a descriptor that another process under the shim has opened: it came through
+/// exec or over a socket. `/dev/kvm` is as good here as there; what was made from it is not.
+pub fn inherited(fd: c_int) -> Option<Result<FileRef, c_int>> {
+    let mut buf = [0; 32];
+    let name = sys::name(fd, &mut buf)?.strip_prefix(b"/memfd:kvm")?;
+    match name {
+        [] | [b' ', ..] => {
+            signals::begin();
+            let system = catch_unwind(System::new).map_err(|_| libc::EIO);
+            Some(system.and_then(|system| {
+                let file = File::create(Object::System(system.map_err(|e| e.errno())?));
+                files::install(fd, file.clone());
+                Ok(file)
+            }))
+        }
+        [b'-', ..] => Some(Err(libc::EIO)),
+        _ => None,
+    }
 }
 
 /// Gives an object to the program: a new descriptor for it.

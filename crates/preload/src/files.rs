@@ -18,14 +18,10 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use anykvm::Object;
 
-use crate::signals::bit;
-use crate::sys::KernelSigset;
 use crate::{process, sys};
 
 /// `refs` of a file that is being made or unmade; 0 is a free one.
 const RESERVED: u32 = u32::MAX;
-/// Says that there is a signal mask. No mask can hold SIGKILL, so its bit is free.
-const MASK_SET: KernelSigset = bit(libc::SIGKILL);
 
 /// One open file description.
 pub struct File {
@@ -35,8 +31,6 @@ pub struct File {
     inode: (AtomicU64, AtomicU64),
     /// The process that made it ([`process::generation`]).
     generation: AtomicU64,
-    /// KVM_SET_SIGNAL_MASK's mask, with [`MASK_SET`]; 0 without one.
-    signal_mask: AtomicU64,
     object: UnsafeCell<Option<Object>>,
     /// The next in the list of all files; never changes once set.
     next: AtomicPtr<File>,
@@ -58,7 +52,6 @@ impl File {
         file.inode.1.store(inode, Ordering::Relaxed);
         file.generation
             .store(process::generation(), Ordering::Relaxed);
-        file.set_signal_mask(None);
         // SAFETY: reserved, so nobody else looks.
         unsafe { *file.object.get() = Some(object) };
         file.refs.store(1, Ordering::Release);
@@ -81,7 +74,6 @@ impl File {
             refs: AtomicU32::new(RESERVED),
             inode: Default::default(),
             generation: AtomicU64::new(0),
-            signal_mask: AtomicU64::new(0),
             object: UnsafeCell::new(None),
             next: AtomicPtr::new(FILES.load(Ordering::Acquire)),
         }));
@@ -110,18 +102,6 @@ impl File {
             }
         }
         None
-    }
-
-    /// The mask for the time of KVM_RUN, if KVM_SET_SIGNAL_MASK has set one.
-    pub fn signal_mask(&self) -> Option<KernelSigset> {
-        let mask = self.signal_mask.load(Ordering::Relaxed);
-        (mask != 0).then_some(mask & !MASK_SET)
-    }
-
-    /// Sets it, or clears it.
-    pub fn set_signal_mask(&self, mask: Option<KernelSigset>) {
-        let mask = mask.map_or(0, |mask| mask | MASK_SET);
-        self.signal_mask.store(mask, Ordering::Relaxed);
     }
 
     /// Whether the object belongs to this process (and not to the one it was forked from).

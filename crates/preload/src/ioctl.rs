@@ -6,11 +6,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
 use anykvm::{Object, Reply, UserMemory};
-use anykvm_abi::ioctl::{KVM_GET_STATS_FD, KVM_RUN, KVM_SET_SIGNAL_MASK, KVMIO};
+use anykvm_abi::ioctl::{KVM_GET_STATS_FD, KVM_RUN, KVMIO};
 use anykvm_abi::{KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_create_device};
 
 use crate::files::{self, FileRef};
-use crate::sys::KernelSigset;
 use crate::user_memory::ThisProcess;
 use crate::{device, signals, sys};
 
@@ -24,8 +23,11 @@ pub const fn is_kvm(request: c_ulong) -> bool {
 pub fn kvm_ioctl(fd: c_int, request: u32, argument: u64) -> Option<Result<c_int, c_int>> {
     // Nothing is held when `defer` returns: the program's signal handler may not come back.
     let result = signals::defer(|| {
-        let file = files::find(fd)?;
-        Some(dispatch(&file, request, argument))
+        let file = match files::find(fd) {
+            Some(file) => Ok(file),
+            None => device::inherited(fd)?,
+        };
+        Some(file.and_then(|file| dispatch(&file, request, argument)))
     });
     signals::deliver();
     result
@@ -40,10 +42,7 @@ fn dispatch(file: &FileRef, request: u32, argument: u64) -> Result<c_int, c_int>
     let guarded = || catch_unwind(AssertUnwindSafe(call));
     let result = match object {
         Object::Vcpu(vcpu) if request == KVM_RUN => {
-            signals::run_loop(vcpu.kick().requests(), file.signal_mask(), guarded)
-        }
-        Object::Vcpu(_) if request == KVM_SET_SIGNAL_MASK => {
-            return set_signal_mask(file, argument).map(|()| 0);
+            signals::run_loop(vcpu.kick().requests(), vcpu.signal_mask(), guarded)
         }
         _ => guarded(),
     };
@@ -57,25 +56,6 @@ fn dispatch(file: &FileRef, request: u32, argument: u64) -> Result<c_int, c_int>
             Err(libc::EIO)
         }
     }
-}
-
-/// KVM_SET_SIGNAL_MASK: a length and a set of that length; a null pointer clears the mask. It is
-/// about the threads of this process, so it is kept with the file.
-fn set_signal_mask(file: &FileRef, argument: u64) -> Result<(), c_int> {
-    if argument == 0 {
-        file.set_signal_mask(None);
-        return Ok(());
-    }
-    let (mut length, mut set) = ([0; 4], [0; size_of::<KernelSigset>()]);
-    let fault = |_| libc::EFAULT;
-    ThisProcess.read(argument, &mut length).map_err(fault)?;
-    if u32::from_ne_bytes(length) as usize != set.len() {
-        return Err(libc::EINVAL);
-    }
-    let after = argument.wrapping_add(length.len() as u64);
-    ThisProcess.read(after, &mut set).map_err(fault)?;
-    file.set_signal_mask(Some(KernelSigset::from_ne_bytes(set)));
-    Ok(())
 }
 
 /// Gives a new object to the program. KVM_CREATE_DEVICE returns the descriptor in its argument.

@@ -2,7 +2,7 @@
 //! loader has finished, and never touching errno.
 
 use std::arch::asm;
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 
 /// A signal set as the kernel has it: bit n-1 stands for signal n.
 pub type KernelSigset = u64;
@@ -138,6 +138,15 @@ pub fn inode_at(dir: c_int, path: &CStr) -> Option<(u64, u64)> {
     // SAFETY: the pointers are to a C string and a live struct stat.
     result(unsafe { syscall6(libc::SYS_newfstatat, a) }).ok()?;
     Some((stat.st_dev, stat.st_ino))
+}
+
+/// What a descriptor is open on, as `/proc/self/fd` names it, at most `buf.len()` bytes of it.
+pub fn name(fd: c_int, buf: &mut [u8]) -> Option<&[u8]> {
+    let link = CString::new(format!("/proc/self/fd/{fd}")).ok()?;
+    let (path, to) = (link.as_ptr() as usize, buf.as_mut_ptr() as usize);
+    // SAFETY: the pointers are to a C string and a live buffer of that length.
+    let len = unsafe { syscall6(libc::SYS_readlink, [path, to, buf.len(), 0, 0, 0]) };
+    buf.get(..result(len).ok()?)
 }
 
 /// A new descriptor for the same open file, the lowest free one.

@@ -119,9 +119,16 @@ pub fn run_loop<R>(requests: &Requests, mask: Option<KernelSigset>, run: impl Fn
         compiler_fence(Ordering::SeqCst);
         if let Some(mask) = mask {
             let before = sys::set_signal_mask(!FAULTS);
-            actions::catch_defaults(before & !mask);
-            thread.before.set(Some(before));
-            sys::set_signal_mask(mask & !FAULTS);
+            if thread.deferred.get() == 0 {
+                actions::catch_defaults(before & !mask);
+                thread.before.set(Some(before));
+                sys::set_signal_mask(mask & !FAULTS);
+            }
+        }
+        if thread.deferred.get() != 0 {
+            // It may have come after `defer` had begun: all signals are blocked since, so this one
+            // must end the run.
+            requests.set(KICK);
         }
         let value = run();
         if let (Some(before), 0) = (thread.before.get(), thread.deferred.get()) {
