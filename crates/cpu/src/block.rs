@@ -20,6 +20,8 @@ const MAX_BLOCKS: usize = 1 << 16;
 /// Jump-cache entries: `JUMP_SETS` pages' worth of `JUMP_WAYS`.
 const JUMP_SETS: usize = 128;
 const JUMP_WAYS: usize = 64;
+/// Page-crossing instructions kept.
+const CROSSINGS: usize = 512;
 
 /// One block.
 #[derive(Debug)]
@@ -53,6 +55,15 @@ const NO_JUMP: Jump = Jump {
     id: BlockId(0),
 };
 
+/// An instruction that crosses a page, found by RIP alone.
+#[derive(Debug)]
+struct Crossing {
+    rip: u64,
+    key: u64,
+    code: u64,
+    insn: Insn,
+}
+
 #[derive(Default)]
 struct Mix(u64);
 
@@ -80,6 +91,7 @@ pub struct BlockCache {
     blocks: Vec<Block>,
     by_address: HashMap<(u64, u32), BlockId, BuildHasherDefault<Mix>>,
     jumps: Box<[[Jump; JUMP_WAYS]; JUMP_SETS]>,
+    crossings: Box<[Option<Crossing>]>,
     /// Mode, address space and epoch: what must be the same for a jump-cache entry to be good.
     key: u64,
     epoch: u32,
@@ -91,6 +103,7 @@ impl Default for BlockCache {
             blocks: Vec::new(),
             by_address: HashMap::default(),
             jumps: Box::new([[NO_JUMP; JUMP_WAYS]; JUMP_SETS]),
+            crossings: (0..CROSSINGS).map(|_| None).collect(),
             key: 0,
             epoch: 0,
         }
@@ -105,10 +118,18 @@ fn slot(rip: u64) -> (usize, usize) {
     )
 }
 
+fn crossing_slot(rip: u64) -> usize {
+    (rip >> 12) as usize % CROSSINGS
+}
+
 impl BlockCache {
     /// The mode or the address space changed.
     pub fn set_mode(&mut self, mode: Mode, asn: u64) {
         self.key = u64::from(self.epoch) << 32 | asn << 16 | u64::from(mode.bits_packed() & 0xffff);
+    }
+    /// Mode, address space and epoch as one word.
+    pub fn key(&self) -> u64 {
+        self.key
     }
     /// Every jump-cache entry is void.
     pub fn forget_jumps(&mut self) {
@@ -139,6 +160,28 @@ impl BlockCache {
             code,
             id,
         };
+    }
+    /// Whether the page-crossing instruction at this address is known and still good.
+    pub fn has_crossing(&self, rip: u64, code: u64) -> bool {
+        let c = &self.crossings[crossing_slot(rip)];
+        c.as_ref()
+            .is_some_and(|c| c.rip == rip && c.key == self.key && c.code == code)
+    }
+    /// Takes it out, to be put back when it has run.
+    pub fn take_crossing(&mut self, rip: u64, code: u64) -> Option<Insn> {
+        if !self.has_crossing(rip, code) {
+            return None;
+        }
+        self.crossings[crossing_slot(rip)].take().map(|c| c.insn)
+    }
+    /// Remembers a page-crossing instruction.
+    pub fn put_crossing(&mut self, rip: u64, key: u64, code: u64, insn: Insn) {
+        self.crossings[crossing_slot(rip)] = Some(Crossing {
+            rip,
+            key,
+            code,
+            insn,
+        });
     }
     /// The block made from this host address in this mode.
     pub fn find(&self, host: u64, mode: Mode) -> Option<BlockId> {

@@ -236,6 +236,10 @@ impl Cpu {
         self.leave = true;
     }
 
+    /// The fault behind the last [`Stop::Fault`].
+    pub fn fault(&self) -> Fault {
+        self.fault
+    }
     /// Raises a fault.
     #[cold]
     pub fn raise(&mut self, fault: Fault) -> Stop {
@@ -275,8 +279,7 @@ impl Cpu {
 
     /// The time-stamp counter.
     pub fn tsc(&self) -> u64 {
-        let scaled = (u128::from(host_tsc()) * u128::from(self.state.tsc_ratio)) >> 48;
-        (scaled as u64).wrapping_add(self.state.tsc_offset)
+        self.state.tsc()
     }
 }
 

@@ -187,9 +187,9 @@ fn build(bytes: &[u8], raw: Instruction, mode: Mode) -> Result<Insn, DecodeError
         raw,
     };
     insn.bytes[..len].copy_from_slice(&bytes[..len]);
-    insn.prefixes = u8::from(raw.has_lock_prefix()) * LOCK
-        | u8::from(raw.has_rep_prefix()) * REP
-        | u8::from(raw.has_repne_prefix()) * REPNE;
+    insn.prefixes = (u8::from(raw.has_lock_prefix()) * LOCK)
+        | (u8::from(raw.has_rep_prefix()) * REP)
+        | (u8::from(raw.has_repne_prefix()) * REPNE);
     for i in 0..raw.op_count() {
         let code = match raw.op_kind(i) {
             OpKind::Register => gpr_code(raw.op_register(i)).unwrap_or(255),

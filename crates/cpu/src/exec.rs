@@ -1,5 +1,7 @@
 //! The run loop: requests, events, blocks.
 
+use iced_x86::FlowControl;
+
 use crate::block::{Block, BlockId, MAX_INSNS};
 use crate::cpu::Cpu;
 use crate::debug::{self, DR6_BS, Watch};
@@ -59,7 +61,6 @@ impl Cpu {
     fn complete_io(&mut self) -> Step {
         if let Some(insn) = self.take_replay() {
             let rip = self.state.rip();
-            self.begin_alone();
             self.execute_one(&insn, rip)?;
         }
         match self.next_write() {
@@ -123,7 +124,9 @@ impl Cpu {
         }
         let stepping_without_irq = self.guest_debug.single_step && self.guest_debug.block_irq;
         if self.state.events.smi_pending && !self.state.events.smm {
-            return Err(Self::delivery_failed(0));
+            self.state.events.smi_pending = false;
+            self.check_events = true;
+            return self.enter_smm().map_err(|_| Self::delivery_failed(0));
         }
         if self.state.events.nmi_pending > 0
             && !self.state.events.nmi_masked
@@ -228,14 +231,7 @@ impl Cpu {
             let keep = trace.instruction(self, insn);
             self.trace = keep.then_some(trace);
         }
-        self.begin_alone();
         self.execute_one(insn, rip)
-    }
-
-    fn begin_alone(&mut self) {
-        self.prior_shadow = std::mem::take(&mut self.state.events.shadow);
-        self.stepping = true;
-        self.debug_hits = 0;
     }
 
     /// Executes an instruction by itself, with what follows it: RF, shadow, single-step trap.
@@ -243,6 +239,8 @@ impl Cpu {
         let trap = self.state.rflags & rflags::TF != 0;
         let resume = self.state.rflags & rflags::RF != 0;
         let debugger_step = self.guest_debug.single_step;
+        self.prior_shadow = std::mem::take(&mut self.state.events.shadow);
+        self.stepping = trap || debugger_step || self.breakpoints_armed();
         self.state.set_rip(rip.wrapping_add(insn.len.into()));
         let done = (insn.handler)(self, insn);
         let prior = std::mem::take(&mut self.prior_shadow);
@@ -266,8 +264,15 @@ impl Cpu {
             self.note_writes_retired();
         }
         let mut bits = std::mem::take(&mut self.debug_hits);
-        if trap {
+        // INT n and the like clear TF on their way into the handler, which is not trapped.
+        if trap && insn.raw.flow_control() != FlowControl::Interrupt {
             bits |= DR6_BS;
+        }
+        if self.state.events.shadow & SHADOW_MOV_SS != 0 && !debugger_step {
+            // Traps wait for the instruction behind MOV SS (SDM Vol. 3, 6.8.3); a single step is
+            // that instruction's own.
+            self.debug_hits = bits & !DR6_BS;
+            bits = 0;
         }
         if debugger_step {
             let dr6 = bits | DR6_BS | 0xffff_0ff0;
@@ -328,7 +333,7 @@ impl Cpu {
         let rip = self.state.rip();
         let id = match self.block_at(rip) {
             Ok(Some(id)) => id,
-            Ok(None) => return self.step(),
+            Ok(None) => return self.run_crossing(rip),
             Err(stop) => return self.instruction_stopped(stop, None, rip),
         };
         let Some(block) = self.blocks.get(id) else {
@@ -354,6 +359,9 @@ impl Cpu {
         }
         self.counters.instructions += done as u64;
         self.counters.blocks += 1;
+        if stopped.is_ok() && self.io.has_answers() {
+            self.end_replay();
+        }
         let result = match stopped {
             Err((stop, n)) => {
                 let insn = &insns[n];
@@ -370,6 +378,32 @@ impl Cpu {
             block.insns = insns;
         }
         result
+    }
+
+    /// Executes the instruction at RIP, which is in no block because it crosses a page or the code
+    /// segment's limit.
+    fn run_crossing(&mut self, rip: u64) -> Step {
+        let code = self.memory.pages().code_epoch();
+        let insn = match self.blocks.take_crossing(rip, code) {
+            Some(insn) => insn,
+            None => match self.fetch() {
+                Ok(insn) => insn,
+                Err(stop) => return self.instruction_stopped(stop, None, rip),
+            },
+        };
+        // Before it runs: it may change the mode or the address space.
+        let key = self.cacheable_by_rip().then(|| self.blocks.key());
+        let done = self.execute_one(&insn, rip);
+        if let Some(key) = key {
+            self.blocks.put_crossing(rip, key, code, insn);
+        }
+        done
+    }
+
+    /// Whether what was found at a RIP stays good until a flush, an epoch or a store into code: the
+    /// segment limit, which no key holds, is not checked, and paging is on.
+    fn cacheable_by_rip(&self) -> bool {
+        (self.mode.code64() || self.mode.flat()) && self.state.cr0 & crate::state::cr0::PG != 0
     }
 
     /// An instruction at `rip` did not complete.
@@ -424,6 +458,9 @@ impl Cpu {
         if let Some(id) = self.blocks.jump(rip, code) {
             return Ok(Some(id));
         }
+        if self.blocks.has_crossing(rip, code) {
+            return Ok(None);
+        }
         self.block_slow(rip, code)
     }
 
@@ -448,11 +485,10 @@ impl Cpu {
         };
         // The limit is not in the key, so it is checked for each entry by this path.
         let len = self.blocks.get(id).map_or(0, |b| b.bytes.len());
-        let checked = self.mode.code64() || self.mode.flat();
-        if !checked && !self.within_code_limit(rip, len) {
+        if !self.mode.flat() && !self.within_code_limit(rip, len) {
             return Ok(None);
         }
-        if checked && self.state.cr0 & crate::state::cr0::PG != 0 {
+        if self.cacheable_by_rip() {
             self.blocks.remember(rip, code, id);
         }
         Ok(Some(id))
@@ -485,9 +521,7 @@ impl Cpu {
             return false;
         };
         let len = block.bytes.len();
-        if record.mark_code(offset, len) {
-            self.protect_code_page(page);
-        }
+        self.mark_code(page, offset, len);
         let Some(block) = self.blocks.get(id) else {
             return false;
         };
@@ -496,6 +530,15 @@ impl Cpu {
         }
         block.generation = generation;
         true
+    }
+
+    /// Notes that these bytes of a page are about to be read as code.
+    fn mark_code(&mut self, page: HostPage, offset: usize, len: usize) {
+        if let Some(record) = self.memory.pages().get(page.0)
+            && record.mark_code(offset, len)
+        {
+            self.protect_code_page(page);
+        }
     }
 
     /// A page got its first code: no processor may keep a fast write entry for it.
@@ -513,9 +556,7 @@ impl Cpu {
         let generation = record.generation();
         let mut bytes = [0; MAX_INSNS * MAX_INSN_LEN];
         let want = bytes.len().min(PAGE as usize - offset);
-        if record.mark_code(offset, want) {
-            self.protect_code_page(page);
-        }
+        self.mark_code(page, offset, want);
         let have = page.read(offset, &mut bytes[..want]);
         let mut insns = Vec::with_capacity(8);
         let mut at = 0;
@@ -551,6 +592,7 @@ impl Cpu {
         let Fetched::Ram(page) = self.fetch_page(linear)? else {
             return Err(Stop::Unimplemented);
         };
+        self.mark_code(page, (linear % PAGE) as usize, MAX_INSN_LEN);
         let mut have = page.read((linear % PAGE) as usize, &mut bytes);
         loop {
             match decode::decode(&bytes[..have], self.mode) {
@@ -563,6 +605,7 @@ impl Cpu {
                     let Fetched::Ram(page) = self.fetch_page(next)? else {
                         return Err(Stop::Unimplemented);
                     };
+                    self.mark_code(page, (next % PAGE) as usize, MAX_INSN_LEN - have);
                     have += page.read((next % PAGE) as usize, &mut bytes[have..]);
                 }
                 Err(DecodeError::TooLong | DecodeError::Incomplete) => return Err(self.gp0()),

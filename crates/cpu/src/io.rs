@@ -82,6 +82,11 @@ impl Io {
     pub fn pending(&self) -> bool {
         self.replay.is_some() || !self.writes.is_empty()
     }
+    #[inline]
+    pub(crate) fn has_answers(&self) -> bool {
+        !self.reads.is_empty() || self.answer.is_some()
+    }
+    #[inline]
     pub(crate) fn has_writes(&self) -> bool {
         !self.writes.is_empty()
     }
@@ -145,6 +150,8 @@ impl Cpu {
                     data,
                 });
                 self.io.cursor += 1;
+                // So that what was recorded ends with the instruction.
+                self.leave_block();
             } else {
                 let len = piece.len() as u8;
                 self.io.wanted = Some(Fragment {

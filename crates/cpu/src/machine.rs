@@ -54,6 +54,11 @@ pub trait Machine: Send + Sync {
     fn read_msr(&self, state: &CpuState, index: u32) -> MsrResult<u64>;
     /// WRMSR of an MSR the processor does not keep itself.
     fn write_msr(&self, state: &mut CpuState, index: u32, value: u64) -> MsrResult<()>;
+    /// What follows an access that the processor refuses to an MSR it keeps itself: #GP, unless user
+    /// space wants to see it.
+    fn msr_refused(&self, _index: u32, _write: bool) -> MsrResult<()> {
+        MsrResult::Fault
+    }
     /// Whether guest access to the MSR is allowed at all (KVM_X86_SET_MSR_FILTER).
     fn msr_filter(&self, index: u32, write: bool) -> MsrResult<()>;
 

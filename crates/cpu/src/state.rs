@@ -108,18 +108,17 @@ pub mod efer {
     pub const LMA: u64 = 1 << 10;
     pub const NX: u64 = 1 << 11;
     pub const FFXSR: u64 = 1 << 14;
+    /// AMD: automatic IBRS.
+    pub const AUTOIBRS: u64 = 1 << 21;
+    /// Every bit this crate knows.
+    pub const IMPLEMENTED: u64 = SCE | LME | LMA | NX | FFXSR | AUTOIBRS;
 }
 
 /// General registers 0-15, RIP and a constant zero, indexed by register code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
+#[derive(Default)]
 pub struct Regs([u64; 32]);
-
-impl Default for Regs {
-    fn default() -> Self {
-        Self([0; 32])
-    }
-}
 
 // The file has 32 slots and codes are masked, so that an access needs no bounds check.
 impl std::ops::Index<u8> for Regs {
@@ -279,7 +278,8 @@ impl Default for Msrs {
             sysenter_eip: 0,
             // SDM Vol. 3, 12.12.4: the PAT's value at reset.
             pat: 0x0007_0406_0007_0406,
-            misc_enable: 1,
+            // Fast strings; no branch trace store, no PEBS.
+            misc_enable: 0x1801,
             mtrr_def_type: 0,
             mtrr_fixed: [0; 11],
             mtrr_var: [0; 16],
@@ -294,10 +294,11 @@ impl Default for Msrs {
             umwait_control: 0,
             feature_control: 0,
             ucode_rev: 0x1_0000_0000,
-            arch_capabilities: 0,
+            arch_capabilities: crate::msr::ARCH_CAPABILITIES,
             platform_info: 0,
             tsc_adjust: 0,
-            hwcr: 0,
+            // TscFreqSel: the TSC counts at the P0 frequency.
+            hwcr: 1 << 24,
             virt_spec_ctrl: 0,
         }
     }
@@ -555,6 +556,11 @@ impl CpuState {
     /// 64-bit code: long mode with CS.L.
     pub fn code64(&self) -> bool {
         self.long_mode() && self.seg[usize::from(seg::CS)].long()
+    }
+    /// The time-stamp counter now.
+    pub fn tsc(&self) -> u64 {
+        let scaled = (u128::from(crate::cpu::host_tsc()) * u128::from(self.tsc_ratio)) >> 48;
+        (scaled as u64).wrapping_add(self.tsc_offset)
     }
     /// I/O privilege level.
     pub fn iopl(&self) -> u8 {

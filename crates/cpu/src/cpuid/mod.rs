@@ -78,6 +78,7 @@ pub mod feature {
     pub const ARCH_CAPABILITIES: Feature = Feature(7, 0, Edx, 29);
     pub const SSBD: Feature = Feature(7, 0, Edx, 31);
     pub const XGETBV1: Feature = Feature(0xd, 1, Eax, 2);
+    pub const XSAVES: Feature = Feature(0xd, 1, Eax, 3);
     pub const SYSCALL: Feature = Feature(0x8000_0001, 0, Edx, 11);
     pub const NX: Feature = Feature(0x8000_0001, 0, Edx, 20);
     pub const FFXSR: Feature = Feature(0x8000_0001, 0, Edx, 25);
@@ -88,6 +89,7 @@ pub mod feature {
     pub const AMD_STIBP: Feature = Feature(0x8000_0008, 0, Ebx, 15);
     pub const AMD_SSBD: Feature = Feature(0x8000_0008, 0, Ebx, 24);
     pub const VIRT_SSBD: Feature = Feature(0x8000_0008, 0, Ebx, 25);
+    pub const AUTOIBRS: Feature = Feature(0x8000_0021, 0, Eax, 8);
 }
 
 /// The CPUID of one processor, with what is asked often kept beside it.
@@ -101,6 +103,7 @@ pub struct CpuidTable {
     xcr0_supported: u64,
     smap: bool,
     invpcid: bool,
+    la57: bool,
 }
 
 impl Default for CpuidTable {
@@ -138,6 +141,7 @@ const EFER_FEATURES: &[(u64, Feature)] = &[
     (efer::LME | efer::LMA, feature::LM),
     (efer::NX, feature::NX),
     (efer::FFXSR, feature::FFXSR),
+    (efer::AUTOIBRS, feature::AUTOIBRS),
 ];
 
 impl CpuidTable {
@@ -152,6 +156,7 @@ impl CpuidTable {
             xcr0_supported: 1,
             smap: false,
             invpcid: false,
+            la57: false,
         };
         let of = |t: &Self, table: &[(u64, Feature)]| {
             table
@@ -173,6 +178,7 @@ impl CpuidTable {
             .map_or(0, |e| u64::from(e.edx) << 32 | u64::from(e.eax));
         t.smap = t.has(feature::SMAP);
         t.invpcid = t.has(feature::INVPCID);
+        t.la57 = t.has(feature::LA57);
         t
     }
 
@@ -225,6 +231,10 @@ impl CpuidTable {
     /// SMAP, and with it CLAC and STAC.
     pub fn has_smap(&self) -> bool {
         self.smap
+    }
+    /// 57-bit linear addresses.
+    pub fn has_la57(&self) -> bool {
+        self.la57
     }
     /// INVPCID.
     pub fn has_invpcid(&self) -> bool {

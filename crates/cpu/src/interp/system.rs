@@ -7,7 +7,10 @@ use crate::decode::{Handler, Insn};
 use crate::exit::Stop;
 use crate::mode::Mode;
 use crate::state::seg;
-use crate::{cpuid, crregs, drregs, eflags, exception, far, iret, segment, syscall, tables};
+use crate::{
+    cpuid, crregs, drregs, eflags, exception, far, hypercall, iret, msr, segment, smm, syscall,
+    tables,
+};
 
 /// Handlers of this family.
 pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
@@ -149,10 +152,74 @@ fn by_mnemonic(mnemonic: Mnemonic) -> Option<Handler> {
         Mnemonic::Stac => eflags::stac,
         Mnemonic::Hlt => eflags::hlt,
         Mnemonic::Cpuid => cpuid::execute,
-        // No nested virtualisation and none of the instructions that CPUID does not offer.
-        Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2 => undefined,
+        Mnemonic::Rdmsr => msr::rdmsr,
+        Mnemonic::Wrmsr => msr::wrmsr,
+        Mnemonic::Rdtsc => msr::rdtsc,
+        Mnemonic::Rdtscp => msr::rdtscp,
+        Mnemonic::Rdpid => msr::rdpid,
+        Mnemonic::Rdpmc => msr::rdpmc,
+        Mnemonic::Rsm => smm::rsm,
+        Mnemonic::Vmcall | Mnemonic::Vmmcall => hypercall::hypercall,
+        Mnemonic::Monitor | Mnemonic::Mwait => monitor,
+        m if NOT_OFFERED.contains(&m) => undefined,
         _ => return None,
     })
+}
+
+/// Instructions whose features CPUID does not offer (nested virtualisation, SGX, TSX, user wait, …)
+/// and those that are undefined by definition.
+const NOT_OFFERED: &[Mnemonic] = &[
+    Mnemonic::Ud0,
+    Mnemonic::Ud1,
+    Mnemonic::Ud2,
+    Mnemonic::Vmxon,
+    Mnemonic::Vmxoff,
+    Mnemonic::Vmclear,
+    Mnemonic::Vmptrld,
+    Mnemonic::Vmptrst,
+    Mnemonic::Vmread,
+    Mnemonic::Vmwrite,
+    Mnemonic::Vmlaunch,
+    Mnemonic::Vmresume,
+    Mnemonic::Vmfunc,
+    Mnemonic::Invept,
+    Mnemonic::Invvpid,
+    Mnemonic::Vmrun,
+    Mnemonic::Vmload,
+    Mnemonic::Vmsave,
+    Mnemonic::Stgi,
+    Mnemonic::Clgi,
+    Mnemonic::Skinit,
+    Mnemonic::Invlpga,
+    Mnemonic::Invlpgb,
+    Mnemonic::Tlbsync,
+    Mnemonic::Getsec,
+    Mnemonic::Encls,
+    Mnemonic::Enclu,
+    Mnemonic::Enclv,
+    Mnemonic::Pconfig,
+    Mnemonic::Xbegin,
+    Mnemonic::Xend,
+    Mnemonic::Xabort,
+    Mnemonic::Xtest,
+    Mnemonic::Monitorx,
+    Mnemonic::Mwaitx,
+    Mnemonic::Umonitor,
+    Mnemonic::Umwait,
+    Mnemonic::Tpause,
+    Mnemonic::Rdpru,
+    Mnemonic::Ptwrite,
+    Mnemonic::Serialize,
+];
+
+/// MONITOR and MWAIT do nothing although CPUID does not offer them, as in KVM
+/// (KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS).
+fn monitor(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
+    if cpu.state.cpl() == 0 {
+        Ok(())
+    } else {
+        Err(cpu.ud())
+    }
 }
 
 fn undefined(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {

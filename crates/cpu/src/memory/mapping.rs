@@ -92,6 +92,7 @@ impl Mapping {
     ///
     /// # Safety
     /// Nobody else may access the range while the slice lives.
+    #[allow(clippy::mut_from_ref)] // Exclusive by the caller's promise, like UnsafeCell.
     pub unsafe fn slice(&self, offset: usize, len: usize) -> &mut [u8] {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len));
         // SAFETY: inside the mapping; exclusive by the caller's promise.

@@ -124,7 +124,7 @@ impl DirtyLog {
             .map(|_| AtomicU64::new(if initially_set { u64::MAX } else { 0 }))
             .collect();
         if initially_set
-            && pages % 64 != 0
+            && !pages.is_multiple_of(64)
             && let Some(last) = log.last_mut()
         {
             *last.get_mut() = (1 << (pages % 64)) - 1;

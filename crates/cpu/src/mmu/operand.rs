@@ -349,7 +349,7 @@ fn locked_modify<T: Ram, R>(host: u64, mut f: impl FnMut(T) -> (T, R)) -> R {
         unsafe { new.store(host) };
         return r;
     }
-    // SAFETY (both): the host address comes from a TLB hit or `place`.
+    // SAFETY: the host address comes from a TLB hit or `place`.
     let mut old = unsafe { T::load(host) };
     loop {
         let (new, r) = f(old);

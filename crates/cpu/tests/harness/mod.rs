@@ -124,7 +124,7 @@ impl Computer {
             .into_iter()
             .enumerate()
         {
-            c.put64(gpa, tables + 0x1000 * (level as u64 + 1) | 7);
+            c.put64(gpa, (tables + 0x1000 * (level as u64 + 1)) | 7);
         }
         for page in 0..512 {
             c.put64(tables + 0x3000 + page * 8, page << 12 | 7);

@@ -1,0 +1,691 @@
+//! The MSRs the processor keeps (SDM Vol. 4; AMD APM Vol. 2, appendix A): what RDMSR and WRMSR do
+//! with them, what KVM_GET_MSRS and KVM_SET_MSRS carry, and the list of those worth saving.
+//!
+//! Three kinds: registers kept in the state as written ([`STATE`]), registers that read as a
+//! constant and drop writes because software touches them although a virtual machine has no such
+//! hardware ([`CONSTANT`], as Linux's `kvm_get_msr_common`), and those with behaviour. All others
+//! (APIC, machine check, the clock, paravirtual ones) belong to the [`crate::Machine`].
+
+use crate::cpu::Cpu;
+use crate::cpuid::{CpuidTable, Feature, feature};
+use crate::crregs::is_canonical;
+use crate::decode::Insn;
+use crate::exit::{Exit, Stop};
+use crate::machine::MsrResult;
+use crate::state::{CpuState, Msrs, cr0, efer, reg, seg};
+
+/// Who accesses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// RDMSR or WRMSR.
+    Guest,
+    /// The owner, saving or restoring: may set what a guest may not.
+    Host,
+}
+
+/// The MSR exists, but not for this processor, this access or this value: #GP(0) for a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("MSR access refused")]
+pub struct Refused;
+
+/// MSR numbers (SDM Vol. 4, table 2-2; APM Vol. 2, appendix A).
+#[allow(missing_docs)]
+pub mod index {
+    pub const TSC: u32 = 0x10;
+    pub const APIC_BASE: u32 = 0x1b;
+    pub const FEATURE_CONTROL: u32 = 0x3a;
+    pub const TSC_ADJUST: u32 = 0x3b;
+    pub const SPEC_CTRL: u32 = 0x48;
+    pub const PRED_CMD: u32 = 0x49;
+    pub const UCODE_REV: u32 = 0x8b;
+    pub const SMBASE: u32 = 0x9e;
+    pub const PLATFORM_INFO: u32 = 0xce;
+    pub const UMWAIT_CONTROL: u32 = 0xe1;
+    pub const MTRR_CAP: u32 = 0xfe;
+    pub const ARCH_CAPABILITIES: u32 = 0x10a;
+    pub const FLUSH_CMD: u32 = 0x10b;
+    pub const SYSENTER_CS: u32 = 0x174;
+    pub const SYSENTER_ESP: u32 = 0x175;
+    pub const SYSENTER_EIP: u32 = 0x176;
+    pub const MISC_ENABLE: u32 = 0x1a0;
+    pub const DEBUGCTL: u32 = 0x1d9;
+    pub const LAST_BRANCH_FROM: u32 = 0x1db;
+    pub const LAST_BRANCH_TO: u32 = 0x1dc;
+    pub const LAST_INT_FROM: u32 = 0x1dd;
+    pub const LAST_INT_TO: u32 = 0x1de;
+    pub const PAT: u32 = 0x277;
+    pub const MTRR_DEF_TYPE: u32 = 0x2ff;
+    pub const TSC_DEADLINE: u32 = 0x6e0;
+    pub const XSS: u32 = 0xda0;
+    pub const EFER: u32 = 0xc000_0080;
+    pub const STAR: u32 = 0xc000_0081;
+    pub const LSTAR: u32 = 0xc000_0082;
+    pub const CSTAR: u32 = 0xc000_0083;
+    pub const SFMASK: u32 = 0xc000_0084;
+    pub const FS_BASE: u32 = 0xc000_0100;
+    pub const GS_BASE: u32 = 0xc000_0101;
+    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    pub const TSC_AUX: u32 = 0xc000_0103;
+    pub const HWCR: u32 = 0xc001_0015;
+    pub const VM_CR: u32 = 0xc001_0114;
+    pub const VIRT_SPEC_CTRL: u32 = 0xc001_011f;
+    pub const DE_CFG: u32 = 0xc001_1029;
+}
+use index as i;
+
+/// IA32_MTRR_PHYSBASE0 to IA32_MTRR_PHYSMASK7.
+pub const MTRR_VAR: std::ops::RangeInclusive<u32> = 0x200..=0x20f;
+/// The fixed-range MTRRs, in the order the state keeps them.
+pub const MTRR_FIXED: [u32; 11] = [
+    0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f,
+];
+/// The x2APIC's registers.
+const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
+
+/// What may be written to a register kept in the state.
+#[derive(Clone, Copy, Debug)]
+enum Allow {
+    Anything,
+    /// Only these bits.
+    Bits(u64),
+    Canonical,
+    /// Only by the owner; the guest gets #GP.
+    HostOnly,
+    /// Guest writes are dropped.
+    HostElseDropped,
+    /// Eight memory types (SDM Vol. 3, 12.12.2).
+    PatTypes,
+    /// IA32_MTRR_DEF_TYPE (SDM Vol. 3, 12.11.2.1).
+    MtrrDefType,
+}
+
+/// One register kept in the state.
+struct Kept {
+    index: u32,
+    allow: Allow,
+    field: fn(&mut Msrs) -> &mut u64,
+    /// A guest has the register if its CPUID has any of these (none: always).
+    needs: &'static [Feature],
+}
+
+const fn kept(index: u32, allow: Allow, field: fn(&mut Msrs) -> &mut u64) -> Kept {
+    Kept {
+        index,
+        allow,
+        field,
+        needs: &[],
+    }
+}
+
+const fn kept_if(
+    index: u32,
+    allow: Allow,
+    field: fn(&mut Msrs) -> &mut u64,
+    needs: &'static [Feature],
+) -> Kept {
+    Kept {
+        index,
+        allow,
+        field,
+        needs,
+    }
+}
+
+/// SPEC_CTRL: IBRS, STIBP, SSBD, IPRED_DIS_U/S, RRSBA_DIS_U, BHI_DIS_S.
+const SPEC_CTRL_BITS: u64 = 0x5_7f;
+/// HWCR: the P0-frequency flag and what firmware sets (as KVM tolerates).
+const HWCR_BITS: u64 = 0x0109_1f7f;
+const SPEC_FEATURES: &[Feature] = &[
+    feature::SPEC_CTRL,
+    feature::AMD_IBRS,
+    feature::AMD_STIBP,
+    feature::AMD_SSBD,
+];
+
+/// MSRs that are kept in the state as written, the most frequent first.
+const STATE: &[Kept] = &[
+    kept(i::KERNEL_GS_BASE, Allow::Canonical, |m| {
+        &mut m.kernel_gs_base
+    }),
+    kept_if(
+        i::SPEC_CTRL,
+        Allow::Bits(SPEC_CTRL_BITS),
+        |m| &mut m.spec_ctrl,
+        SPEC_FEATURES,
+    ),
+    kept(i::SYSENTER_CS, Allow::Anything, |m| &mut m.sysenter_cs),
+    kept(i::SYSENTER_ESP, Allow::Canonical, |m| &mut m.sysenter_esp),
+    kept(i::SYSENTER_EIP, Allow::Canonical, |m| &mut m.sysenter_eip),
+    kept(i::STAR, Allow::Anything, |m| &mut m.star),
+    kept(i::LSTAR, Allow::Canonical, |m| &mut m.lstar),
+    kept(i::CSTAR, Allow::Canonical, |m| &mut m.cstar),
+    kept(i::SFMASK, Allow::Bits(0xffff_ffff), |m| &mut m.sfmask),
+    kept_if(
+        i::TSC_AUX,
+        Allow::Bits(0xffff_ffff),
+        |m| &mut m.tsc_aux,
+        &[feature::RDTSCP, feature::RDPID],
+    ),
+    kept(i::PAT, Allow::PatTypes, |m| &mut m.pat),
+    kept(i::MTRR_DEF_TYPE, Allow::MtrrDefType, |m| {
+        &mut m.mtrr_def_type
+    }),
+    kept(i::MISC_ENABLE, Allow::Anything, |m| &mut m.misc_enable),
+    kept(i::DEBUGCTL, Allow::Bits(3), |m| &mut m.debugctl),
+    kept(i::LAST_BRANCH_FROM, Allow::HostOnly, |m| {
+        &mut m.last_branch_from
+    }),
+    kept(i::LAST_BRANCH_TO, Allow::HostOnly, |m| {
+        &mut m.last_branch_to
+    }),
+    kept(i::LAST_INT_FROM, Allow::HostOnly, |m| &mut m.last_int_from),
+    kept(i::LAST_INT_TO, Allow::HostOnly, |m| &mut m.last_int_to),
+    kept(i::FEATURE_CONTROL, Allow::HostOnly, |m| {
+        &mut m.feature_control
+    }),
+    kept(i::UCODE_REV, Allow::HostElseDropped, |m| &mut m.ucode_rev),
+    kept(i::PLATFORM_INFO, Allow::HostOnly, |m| &mut m.platform_info),
+    kept_if(
+        i::UMWAIT_CONTROL,
+        Allow::Bits(0xffff_fffd),
+        |m| &mut m.umwait_control,
+        &[feature::WAITPKG],
+    ),
+    kept_if(
+        i::ARCH_CAPABILITIES,
+        Allow::HostOnly,
+        |m| &mut m.arch_capabilities,
+        &[feature::ARCH_CAPABILITIES],
+    ),
+    kept_if(i::XSS, Allow::Bits(0), |m| &mut m.xss, &[feature::XSAVES]),
+    kept(i::HWCR, Allow::Bits(HWCR_BITS), |m| &mut m.hwcr),
+    kept_if(
+        i::VIRT_SPEC_CTRL,
+        Allow::Bits(4),
+        |m| &mut m.virt_spec_ctrl,
+        &[feature::VIRT_SSBD],
+    ),
+];
+
+/// MSRs that read as a constant and drop writes.
+const CONSTANT: &[(u32, u64)] = &[
+    (0x17, 0),               // IA32_PLATFORM_ID
+    (0x2a, 0),               // EBL_CR_POWERON
+    (0x2c, 1 << 24),         // EBC_FREQUENCY_ID: 100 MHz bus
+    (0x79, 0),               // IA32_BIOS_UPDT_TRIG
+    (0xc1, 0),               // PERFCTR0
+    (0xc2, 0),               // PERFCTR1
+    (0xcd, 3),               // FSB_FREQ
+    (0x11e, 0xbe70_2111),    // BBL_CR_CTL3: L2 present
+    (0x186, 0),              // EVNTSEL0
+    (0x187, 0),              // EVNTSEL1
+    (0x198, 1000 | 4 << 40), // IA32_PERF_STATUS
+    (0x199, 0),              // IA32_PERF_CTL
+    (0x606, 0),              // RAPL_POWER_UNIT
+    (0x611, 0),              // PKG_ENERGY_STATUS
+    (0x619, 0),              // DRAM_ENERGY_STATUS
+    (0x639, 0),              // PP0_ENERGY_STATUS
+    (0x641, 0),              // PP1_ENERGY_STATUS
+    (0xc001_0000, 0),        // PerfEvtSel0-3, PerfCtr0-3
+    (0xc001_0001, 0),
+    (0xc001_0002, 0),
+    (0xc001_0003, 0),
+    (0xc001_0004, 0),
+    (0xc001_0005, 0),
+    (0xc001_0006, 0),
+    (0xc001_0007, 0),
+    (0xc001_0010, 0),   // SYSCFG
+    (0xc001_001f, 0),   // NB_CFG
+    (0xc001_0020, 0),   // PATCH_LOADER
+    (0xc001_0055, 0),   // INT_PENDING_MSG
+    (0xc001_0058, 0),   // MMIO_CONF_BASE
+    (0xc001_0112, 0),   // TSEG_ADDR
+    (0xc001_0113, 0),   // TSEG_MASK
+    (i::VM_CR, 1 << 4), // VM_CR: SVM disabled by firmware
+    (0xc001_0117, 0),   // VM_HSAVE_PA
+    (0xc001_1022, 0),   // DC_CFG
+    (0xc001_1023, 0),   // TW_CFG
+    (i::DE_CFG, 2),     // DE_CFG: LFENCE is serialising
+    (0xc001_102a, 0),   // BU_CFG2
+    (0xc001_102c, 0),   // EX_CFG
+];
+
+/// Eight variable ranges, fixed ranges, write-combining (SDM Vol. 3, 12.11.1).
+const MTRR_CAP_VALUE: u64 = 0x508;
+
+/// IA32_ARCH_CAPABILITIES: what the processor does not suffer from, since it does not speculate:
+/// RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO,
+/// FBSDP_NO, PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO.
+pub const ARCH_CAPABILITIES: u64 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27;
+
+/// KVM_GET_MSR_FEATURE_INDEX_LIST: MSRs that tell of the processor, with their values.
+pub const FEATURES: &[(u32, u64)] = &[
+    (i::UCODE_REV, 0x1_0000_0000),
+    (i::ARCH_CAPABILITIES, ARCH_CAPABILITIES),
+    (i::DE_CFG, 2),
+];
+
+/// The MSRs that carry the processor's state from one machine to another: this module's part of
+/// KVM_GET_MSR_INDEX_LIST.
+pub fn saved() -> Vec<u32> {
+    let mut list: Vec<u32> = STATE.iter().map(|k| k.index).collect();
+    list.extend([
+        i::EFER,
+        i::FS_BASE,
+        i::GS_BASE,
+        i::TSC,
+        i::TSC_ADJUST,
+        i::SMBASE,
+    ]);
+    list.extend(MTRR_VAR);
+    list.extend(MTRR_FIXED);
+    list
+}
+
+fn is_mtrr_type(t: u8) -> bool {
+    matches!(t, 0 | 1 | 4 | 5 | 6)
+}
+
+impl Allow {
+    fn check(self, value: u64, la57: bool) -> Result<(), Refused> {
+        let good = match self {
+            Self::Anything | Self::HostOnly | Self::HostElseDropped => true,
+            Self::Bits(bits) => value & !bits == 0,
+            Self::Canonical => is_canonical(value, la57),
+            Self::PatTypes => value
+                .to_le_bytes()
+                .iter()
+                .all(|t| is_mtrr_type(*t) || *t == 7),
+            Self::MtrrDefType => value & !0xcff == 0 && is_mtrr_type(value as u8),
+        };
+        if good { Ok(()) } else { Err(Refused) }
+    }
+}
+
+impl Kept {
+    fn exists(&self, cpuid: &CpuidTable, access: Access) -> bool {
+        access == Access::Host || self.needs.is_empty() || self.needs.iter().any(|f| cpuid.has(*f))
+    }
+}
+
+/// Reads an MSR; `None` if the processor does not keep it.
+pub fn read(
+    s: &CpuState,
+    cpuid: &CpuidTable,
+    index: u32,
+    access: Access,
+) -> Option<Result<u64, Refused>> {
+    if X2APIC.contains(&index) || index == i::TSC_DEADLINE {
+        return None;
+    }
+    if let Some(k) = STATE.iter().find(|k| k.index == index) {
+        if !k.exists(cpuid, access) {
+            return Some(Err(Refused));
+        }
+        let mut msrs = s.msr;
+        return Some(Ok(*(k.field)(&mut msrs)));
+    }
+    if MTRR_VAR.contains(&index) {
+        return Some(Ok(s.msr.mtrr_var[(index - MTRR_VAR.start()) as usize]));
+    }
+    if let Some(n) = MTRR_FIXED.iter().position(|m| *m == index) {
+        return Some(Ok(s.msr.mtrr_fixed[n]));
+    }
+    if let Some((_, value)) = CONSTANT.iter().find(|(c, _)| *c == index) {
+        return Some(Ok(*value));
+    }
+    Some(Ok(match index {
+        i::EFER => s.msr.efer,
+        i::FS_BASE => s.seg[usize::from(seg::FS)].base,
+        i::GS_BASE => s.seg[usize::from(seg::GS)].base,
+        i::TSC => s.tsc(),
+        i::TSC_ADJUST => s.msr.tsc_adjust,
+        i::MTRR_CAP => MTRR_CAP_VALUE,
+        i::SMBASE if access == Access::Host || s.events.smm => s.msr.smbase,
+        i::SMBASE | i::PRED_CMD | i::FLUSH_CMD => return Some(Err(Refused)),
+        _ => return None,
+    }))
+}
+
+/// Writes an MSR; `None` if the processor does not keep it, or the clock must know (the
+/// time-stamp counter and its adjustment). After a change of EFER the caches of what depends on it
+/// must be dropped ([`Cpu::state_changed`]).
+pub fn write(
+    s: &mut CpuState,
+    cpuid: &CpuidTable,
+    index: u32,
+    value: u64,
+    access: Access,
+) -> Option<Result<(), Refused>> {
+    if X2APIC.contains(&index) || index == i::TSC_DEADLINE {
+        return None;
+    }
+    if let Some(k) = STATE.iter().find(|k| k.index == index) {
+        return Some(write_kept(s, cpuid, k, value, access));
+    }
+    if MTRR_VAR.contains(&index) {
+        return Some(write_mtrr_var(
+            s,
+            cpuid,
+            (index - MTRR_VAR.start()) as usize,
+            value,
+        ));
+    }
+    if let Some(n) = MTRR_FIXED.iter().position(|m| *m == index) {
+        if !value.to_le_bytes().iter().all(|t| is_mtrr_type(*t)) {
+            return Some(Err(Refused));
+        }
+        s.msr.mtrr_fixed[n] = value;
+        return Some(Ok(()));
+    }
+    if CONSTANT.iter().any(|(c, _)| *c == index) {
+        return Some(Ok(()));
+    }
+    Some(match index {
+        i::EFER => write_efer(s, cpuid, value, access),
+        i::FS_BASE => write_base(s, cpuid, seg::FS, value),
+        i::GS_BASE => write_base(s, cpuid, seg::GS, value),
+        i::SMBASE if access == Access::Host => {
+            s.msr.smbase = value;
+            Ok(())
+        }
+        i::PRED_CMD | i::FLUSH_CMD => write_command(cpuid, index, value, access),
+        i::MTRR_CAP | i::SMBASE => Err(Refused),
+        _ => return None,
+    })
+}
+
+fn write_kept(
+    s: &mut CpuState,
+    cpuid: &CpuidTable,
+    k: &Kept,
+    value: u64,
+    access: Access,
+) -> Result<(), Refused> {
+    if !k.exists(cpuid, access) {
+        return Err(Refused);
+    }
+    match k.allow {
+        Allow::HostOnly if access == Access::Guest => return Err(Refused),
+        Allow::HostElseDropped if access == Access::Guest => return Ok(()),
+        allow => allow.check(value, cpuid.has_la57())?,
+    }
+    *(k.field)(&mut s.msr) = value;
+    Ok(())
+}
+
+/// SDM Vol. 3, 12.11.2.3.
+fn write_mtrr_var(
+    s: &mut CpuState,
+    cpuid: &CpuidTable,
+    n: usize,
+    value: u64,
+) -> Result<(), Refused> {
+    let beyond = !0 << cpuid.phys_bits();
+    let good = if n.is_multiple_of(2) {
+        is_mtrr_type(value as u8) && value & (beyond | 0xf00) == 0
+    } else {
+        value & (beyond | 0x7ff) == 0
+    };
+    if !good {
+        return Err(Refused);
+    }
+    s.msr.mtrr_var[n] = value;
+    Ok(())
+}
+
+fn write_base(s: &mut CpuState, cpuid: &CpuidTable, n: u8, value: u64) -> Result<(), Refused> {
+    Allow::Canonical.check(value, cpuid.has_la57())?;
+    s.seg[usize::from(n)].base = value;
+    Ok(())
+}
+
+/// IA32_PRED_CMD and IA32_FLUSH_CMD: there are no predictors and caches to flush.
+fn write_command(
+    cpuid: &CpuidTable,
+    index: u32,
+    value: u64,
+    access: Access,
+) -> Result<(), Refused> {
+    let exists = if index == i::PRED_CMD {
+        cpuid.has(feature::SPEC_CTRL) || cpuid.has(feature::AMD_IBPB)
+    } else {
+        cpuid.has(feature::FLUSH_L1D)
+    };
+    if value & !1 != 0 || access == Access::Guest && !exists {
+        return Err(Refused);
+    }
+    Ok(())
+}
+
+/// SDM Vol. 3, 2.2.1: LMA follows from LME and paging and cannot be written; LME cannot change
+/// while paging is on.
+fn write_efer(
+    s: &mut CpuState,
+    cpuid: &CpuidTable,
+    value: u64,
+    access: Access,
+) -> Result<(), Refused> {
+    let old = s.msr.efer;
+    let valid = match access {
+        Access::Guest => cpuid.efer_valid(),
+        Access::Host => efer::IMPLEMENTED,
+    };
+    let lme_while_paging = (old ^ value) & efer::LME != 0 && s.cr0 & cr0::PG != 0;
+    if value & !valid != 0 || access == Access::Guest && lme_while_paging {
+        return Err(Refused);
+    }
+    s.msr.efer = value & !efer::LMA | old & efer::LMA;
+    Ok(())
+}
+
+impl Cpu {
+    /// What an access through the filter of KVM_X86_SET_MSR_FILTER leads to, if not to the MSR.
+    fn msr_stopped(&mut self, r: MsrResult<()>, exit: impl Fn(u32) -> Exit) -> Result<(), Stop> {
+        match r {
+            MsrResult::Done(()) => Ok(()),
+            MsrResult::Fault => Err(self.gp0()),
+            MsrResult::UserSpace(reason) => Err(self.exit_with(exit(reason))),
+        }
+    }
+
+    fn msr_operand(&self) -> u64 {
+        self.state.regs[reg::RAX] & 0xffff_ffff | self.state.regs[reg::RDX] << 32
+    }
+
+    fn set_edx_eax(&mut self, value: u64) {
+        self.state.regs[reg::RAX] = value & 0xffff_ffff;
+        self.state.regs[reg::RDX] = value >> 32;
+    }
+}
+
+/// RDMSR.
+pub(crate) fn rdmsr(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
+    cpu.require_cpl0()?;
+    let index = cpu.state.regs[reg::RCX] as u32;
+    let value = match cpu.take_msr_answer() {
+        Some(Some(value)) => value,
+        Some(None) => return Err(cpu.gp0()),
+        None => {
+            let exit = |reason| Exit::MsrRead { index, reason };
+            let filter = cpu.machine.msr_filter(index, false);
+            cpu.msr_stopped(filter, exit)?;
+            match read(&cpu.state, &cpu.cpuid, index, Access::Guest) {
+                Some(Ok(value)) => value,
+                Some(Err(Refused)) => {
+                    let refused = cpu.machine.msr_refused(index, false);
+                    cpu.msr_stopped(refused, exit)?;
+                    return Err(cpu.gp0());
+                }
+                None => match cpu.machine.read_msr(&cpu.state, index) {
+                    MsrResult::Done(value) => value,
+                    MsrResult::Fault => return Err(cpu.gp0()),
+                    MsrResult::UserSpace(reason) => return Err(cpu.exit_with(exit(reason))),
+                },
+            }
+        }
+    };
+    cpu.set_edx_eax(value);
+    Ok(())
+}
+
+/// WRMSR.
+pub(crate) fn wrmsr(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
+    cpu.require_cpl0()?;
+    let index = cpu.state.regs[reg::RCX] as u32;
+    let value = cpu.msr_operand();
+    match cpu.take_msr_answer() {
+        Some(Some(_)) => return Ok(()),
+        Some(None) => return Err(cpu.gp0()),
+        None => {}
+    }
+    let exit = |reason| Exit::MsrWrite {
+        index,
+        value,
+        reason,
+    };
+    let filter = cpu.machine.msr_filter(index, true);
+    cpu.msr_stopped(filter, exit)?;
+    let before = cpu.state.msr.efer;
+    match write(&mut cpu.state, &cpu.cpuid, index, value, Access::Guest) {
+        Some(Ok(())) => {
+            if cpu.state.msr.efer != before {
+                cpu.flush_tlb();
+                cpu.update_mode();
+            }
+        }
+        Some(Err(Refused)) => {
+            let refused = cpu.machine.msr_refused(index, true);
+            cpu.msr_stopped(refused, exit)?;
+            return Err(cpu.gp0());
+        }
+        None => {
+            let written = cpu.machine.write_msr(&mut cpu.state, index, value);
+            cpu.msr_stopped(written, exit)?;
+            cpu.recheck_events();
+        }
+    }
+    Ok(())
+}
+
+/// #GP(0) if CR4.TSD keeps the time-stamp counter from this privilege level.
+fn check_tsc_allowed(cpu: &mut Cpu) -> Result<(), Stop> {
+    if cpu.state.cr4 & crate::state::cr4::TSD != 0 && cpu.state.cpl() != 0 {
+        return Err(cpu.gp0());
+    }
+    Ok(())
+}
+
+/// RDTSC.
+pub(crate) fn rdtsc(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
+    check_tsc_allowed(cpu)?;
+    cpu.set_edx_eax(cpu.state.tsc());
+    Ok(())
+}
+
+/// RDTSCP.
+pub(crate) fn rdtscp(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
+    if !cpu.cpuid.has(feature::RDTSCP) {
+        return Err(cpu.ud());
+    }
+    check_tsc_allowed(cpu)?;
+    cpu.set_edx_eax(cpu.state.tsc());
+    cpu.state.regs[reg::RCX] = cpu.state.msr.tsc_aux & 0xffff_ffff;
+    Ok(())
+}
+
+/// RDPID.
+pub(crate) fn rdpid(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    if !cpu.cpuid.has(feature::RDPID) {
+        return Err(cpu.ud());
+    }
+    cpu.state.regs[insn.op0] = cpu.state.msr.tsc_aux & 0xffff_ffff;
+    Ok(())
+}
+
+/// RDPMC: there are no counters, so that every index is #GP.
+pub(crate) fn rdpmc(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
+    Err(cpu.gp0())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_msr_is_in_two_tables() {
+        let mut all = saved();
+        all.extend(CONSTANT.iter().map(|(c, _)| *c));
+        let n = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), n);
+    }
+
+    #[test]
+    fn saved_msrs_are_read_and_written_by_the_owner() {
+        let cpuid = CpuidTable::default();
+        let mut s = CpuState::new();
+        for index in saved() {
+            let value = read(&s, &cpuid, index, Access::Host).unwrap().unwrap();
+            match write(&mut s, &cpuid, index, value, Access::Host) {
+                Some(r) => assert_eq!(r, Ok(()), "{index:#x}"),
+                None => assert!([i::TSC, i::TSC_ADJUST].contains(&index)),
+            }
+        }
+    }
+
+    #[test]
+    fn values_are_checked() {
+        let cpuid = CpuidTable::default();
+        let mut s = CpuState::new();
+        let cases = [
+            (i::PAT, 0x0007_0406_0007_0406, true),
+            (i::PAT, 2, false),
+            (i::MTRR_DEF_TYPE, 0xc06, true),
+            (i::MTRR_DEF_TYPE, 2, false),
+            (i::LSTAR, 0xffff_8000_0000_0000, true),
+            (i::LSTAR, 0x8000_0000_0000_0000, false),
+            (i::SFMASK, 1 << 32, false),
+            (i::UCODE_REV, 5, true),
+            (i::ARCH_CAPABILITIES, 0, false),
+            (i::MTRR_CAP, 0, false),
+            (0x250, 0x0606_0606_0606_0606, true),
+            (0x250, 7, false),
+            (0x201, 0xff, false),
+        ];
+        for (index, value, good) in cases {
+            let r = write(&mut s, &cpuid, index, value, Access::Guest).unwrap();
+            assert_eq!(r.is_ok(), good, "{index:#x} {value:#x}");
+        }
+        assert_eq!(s.msr.ucode_rev, 0x1_0000_0000);
+        assert_eq!(write(&mut s, &cpuid, 0x6e0, 0, Access::Guest), None);
+    }
+
+    #[test]
+    fn efer_rules() {
+        let cpuid = CpuidTable::default();
+        let mut s = CpuState::new();
+        write_efer(&mut s, &cpuid, efer::LME | efer::LMA, Access::Host).unwrap();
+        assert_eq!(s.msr.efer, efer::LME);
+        s.cr0 |= cr0::PG;
+        assert_eq!(write_efer(&mut s, &cpuid, 0, Access::Guest), Err(Refused));
+        assert_eq!(
+            write_efer(&mut s, &cpuid, 1 << 63, Access::Host),
+            Err(Refused)
+        );
+    }
+}
