@@ -12,6 +12,7 @@ use crate::device::Device;
 use crate::error::{Errno, Result};
 use crate::stats::StatsFile;
 use crate::system::System;
+use crate::trace;
 use crate::user::UserMemory;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
@@ -44,6 +45,14 @@ pub enum Reply {
 impl Object {
     /// Issues an ioctl with argument `arg`; pointers lead into `user`.
     pub fn ioctl(&self, request: u32, arg: u64, user: &dyn UserMemory) -> Result<Reply> {
+        let result = self.dispatch(request, arg, user);
+        if trace::enabled() {
+            trace::finished(self, request, arg, &result);
+        }
+        result
+    }
+
+    fn dispatch(&self, request: u32, arg: u64, user: &dyn UserMemory) -> Result<Reply> {
         match self {
             Self::System(system) => system.ioctl(request, arg, user),
             Self::Vm(vm) => vm.ioctl(request, arg, user),

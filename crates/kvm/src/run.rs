@@ -43,7 +43,8 @@ pub(crate) enum Completion {
 }
 
 /// KVM_SYNC_X86_VALID_FIELDS.
-const SYNC_FIELDS: u64 = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS) as u64;
+pub(crate) const SYNC_FIELDS: u64 =
+    (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS) as u64;
 
 /// KVM_RUN goes on in the guest, or returns this exit reason.
 enum Next {

@@ -312,9 +312,13 @@ impl Vcpu {
     }
 
     /// KVM_SMI.
-    pub fn smi(&self) {
+    pub fn smi(&self) -> Result<()> {
         use anykvm_irqchip::VcpuEvents;
+        if !events::SMM {
+            return Err(Errno::EINVAL);
+        }
         self.requests().smi();
+        Ok(())
     }
 
     /// KVM_KVMCLOCK_CTRL: the guest is told that it was stopped.

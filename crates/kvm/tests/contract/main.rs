@@ -1,0 +1,12 @@
+//! Contract tests of the KVM API: what each ioctl returns, which errno each bad input gives, and that
+//! a refused call changes nothing. Driven through [`anykvm::Object::ioctl`], as a VMM's calls are.
+
+mod capabilities;
+mod clock;
+mod devices;
+mod dirty_log;
+mod interrupts;
+mod io;
+mod memory;
+mod support;
+mod system;

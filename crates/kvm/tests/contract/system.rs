@@ -1,0 +1,168 @@
+//! `/dev/kvm`, creation of VMs and vCPUs, unknown ioctls.
+
+use std::sync::Arc;
+
+use anykvm::{Errno, Object};
+use anykvm_abi::ioctl::*;
+use anykvm_abi::{KVM_CAP_MAX_VCPU_ID, kvm_enable_cap};
+
+use crate::support::*;
+
+#[test]
+fn api_version_and_mmap_size_take_no_argument() {
+    let f = Fixture::new();
+    assert_eq!(f.system(KVM_GET_API_VERSION, 0), Ok(12));
+    assert_eq!(f.system(KVM_GET_API_VERSION, 1), Err(Errno::EINVAL));
+    assert_eq!(f.system(KVM_GET_VCPU_MMAP_SIZE, 0), Ok(12288));
+    assert_eq!(f.system(KVM_GET_VCPU_MMAP_SIZE, 1), Err(Errno::EINVAL));
+}
+
+#[test]
+fn create_vm_knows_one_type() {
+    let f = Fixture::new();
+    assert_eq!(f.system(KVM_CREATE_VM, 1), Err(Errno::EINVAL));
+    assert_eq!(f.system(KVM_CREATE_VM, u64::MAX), Err(Errno::EINVAL));
+    assert!(matches!(
+        object(f.kvm.ioctl(KVM_CREATE_VM, 0, &f.user)),
+        Object::Vm(_)
+    ));
+}
+
+#[test]
+fn unknown_ioctls() {
+    let f = Fixture::new();
+    let vcpu = f.vcpu(0).unwrap();
+    for request in [0xae7f, 0x4008_ae46, 0, u32::MAX] {
+        assert_eq!(f.system(request, 0), Err(Errno::EINVAL));
+        assert_eq!(f.vm(request, 0), Err(Errno::ENOTTY));
+        assert_eq!(number(vcpu.ioctl(request, 0, &f.user)), Err(Errno::EINVAL));
+    }
+    assert_eq!(f.vm(KVM_RUN, 0), Err(Errno::ENOTTY));
+    assert_eq!(f.system(KVM_CREATE_VCPU, 0), Err(Errno::EINVAL));
+    let memory_encryption = [
+        KVM_MEMORY_ENCRYPT_OP,
+        KVM_MEMORY_ENCRYPT_REG_REGION,
+        KVM_MEMORY_ENCRYPT_UNREG_REGION,
+    ];
+    for request in memory_encryption {
+        assert_eq!(f.vm(request, 0), Err(Errno::ENOTTY));
+    }
+    assert_eq!(f.vm(KVM_RESET_DIRTY_RINGS, 0), Err(Errno::EINVAL));
+}
+
+#[test]
+fn vcpu_ids_are_unique_and_bounded() {
+    let f = Fixture::new();
+    let first = f.vcpu(0).unwrap();
+    assert_eq!(f.vcpu(0).unwrap_err(), Errno::EEXIST);
+    assert_eq!(f.vcpu(4096).unwrap_err(), Errno::EINVAL);
+    assert_eq!(f.vcpu(1 << 32).unwrap_err(), Errno::EINVAL);
+    f.vcpu(4095).unwrap();
+    // The id of a vCPU whose descriptors are closed stays taken.
+    drop(first);
+    assert_eq!(f.vcpu(0).unwrap_err(), Errno::EEXIST);
+}
+
+#[test]
+fn max_vcpu_id_is_set_once_and_holds() {
+    let f = Fixture::new();
+    let cap = |n| kvm_enable_cap {
+        cap: KVM_CAP_MAX_VCPU_ID,
+        args: [n, 0, 0, 0],
+        ..Default::default()
+    };
+    assert_eq!(f.vm_with(KVM_ENABLE_CAP, &cap(4097)), Err(Errno::EINVAL));
+    assert_eq!(f.vm_with(KVM_ENABLE_CAP, &cap(2)), Ok(0));
+    assert_eq!(f.vm_with(KVM_ENABLE_CAP, &cap(2)), Ok(0));
+    assert_eq!(f.vm_with(KVM_ENABLE_CAP, &cap(3)), Err(Errno::EINVAL));
+    assert_eq!(f.vcpu(2).unwrap_err(), Errno::EINVAL);
+    f.vcpu(1).unwrap();
+}
+
+#[test]
+fn boot_cpu_id_before_the_first_vcpu() {
+    let f = Fixture::new();
+    assert_eq!(f.vm(KVM_SET_BOOT_CPU_ID, 1), Ok(0));
+    let _vcpu = f.vcpu(0).unwrap();
+    assert_eq!(f.vm(KVM_SET_BOOT_CPU_ID, 0), Err(Errno::EBUSY));
+}
+
+#[test]
+fn a_vcpu_keeps_its_vm_alive_and_nothing_else_does() {
+    let f = Fixture::new();
+    let vcpu = f.vcpu(0).unwrap();
+    let Object::Vm(vm) = &f.vm else {
+        unreachable!()
+    };
+    let weak = Arc::downgrade(vm);
+    drop(f);
+    assert!(weak.upgrade().is_some());
+    drop(vcpu);
+    assert!(weak.upgrade().is_none());
+}
+
+#[test]
+fn vms_with_everything_in_them_are_freed() {
+    for _ in 0..20 {
+        let f = Fixture::with_irqchip();
+        let _vcpu = f.vcpu(0).unwrap();
+        let eventfd = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+        let irqfd = anykvm_abi::kvm_irqfd {
+            fd: std::os::fd::AsRawFd::as_raw_fd(&eventfd) as u32,
+            gsi: 5,
+            ..Default::default()
+        };
+        assert_eq!(f.vm_with(KVM_IRQFD, &irqfd), Ok(0));
+        let Object::Vm(vm) = &f.vm else {
+            unreachable!()
+        };
+        let (vm, chip) = (Arc::downgrade(vm), Arc::downgrade(vm.irqchip().unwrap()));
+        drop(_vcpu);
+        drop(f);
+        assert!(vm.upgrade().is_none());
+        assert!(
+            chip.upgrade().is_none(),
+            "the interrupt controllers outlive their VM"
+        );
+    }
+}
+
+#[test]
+fn bad_pointers() {
+    let f = Fixture::with_irqchip();
+    assert_eq!(
+        f.vm_with(KVM_CREATE_PIT2, &anykvm_abi::kvm_pit_config::default()),
+        Ok(0)
+    );
+    f.all_fault(&[
+        KVM_ENABLE_CAP,
+        KVM_SET_USER_MEMORY_REGION,
+        KVM_SET_USER_MEMORY_REGION2,
+        KVM_SET_MEMORY_REGION,
+        KVM_SET_MEMORY_ALIAS,
+        KVM_GET_DIRTY_LOG,
+        KVM_CLEAR_DIRTY_LOG,
+        KVM_SET_IDENTITY_MAP_ADDR,
+        KVM_REGISTER_COALESCED_MMIO,
+        KVM_UNREGISTER_COALESCED_MMIO,
+        KVM_IRQ_LINE,
+        KVM_IRQ_LINE_STATUS,
+        KVM_GET_IRQCHIP,
+        KVM_SET_IRQCHIP,
+        KVM_SET_GSI_ROUTING,
+        KVM_SIGNAL_MSI,
+        KVM_IRQFD,
+        KVM_IOEVENTFD,
+        KVM_CREATE_PIT2,
+        KVM_GET_PIT,
+        KVM_SET_PIT,
+        KVM_GET_PIT2,
+        KVM_SET_PIT2,
+        KVM_REINJECT_CONTROL,
+        KVM_GET_CLOCK,
+        KVM_SET_CLOCK,
+        KVM_X86_SET_MSR_FILTER,
+        KVM_XEN_HVM_CONFIG,
+        KVM_CREATE_DEVICE,
+    ]);
+}
