@@ -17,16 +17,18 @@ use crate::mode::Mode;
 use crate::state::{reg, rflags, seg};
 use crate::width::Width;
 
-/// How a near branch of one operand size ends.
+/// Near branches of one operand size.
 trait Near {
     /// The operand size.
     type Size: Ram;
-    /// Cuts and checks a target, and moves RIP there.
-    fn go(cpu: &mut Cpu, target: u64) -> Result<(), Stop>;
-    /// Pushes a return address.
-    fn push(cpu: &mut Cpu, value: u64) -> Result<(), Stop>;
-    /// The value at the top of the stack; RSP stays.
-    fn top(cpu: &mut Cpu) -> Result<u64, Stop>;
+    /// A target cut to the size, unless it must be looked at more closely.
+    fn near(cpu: &Cpu, target: u64) -> Option<u64>;
+    /// A target, checked.
+    fn check(cpu: &mut Cpu, target: u64) -> Result<u64, Stop>;
+    /// Pushes a return address if the TLB has the place.
+    fn push_hit(cpu: &mut Cpu, value: u64) -> bool;
+    /// The value at the top of the stack, if the TLB has it.
+    fn top_hit(cpu: &Cpu) -> Option<u64>;
     /// Frees `bytes` of the stack.
     fn release(cpu: &mut Cpu, bytes: u64);
 }
@@ -39,25 +41,30 @@ struct Legacy<T>(PhantomData<T>);
 impl Near for Long {
     type Size = u64;
 
+    // Bits 47-63 are equal: canonical with 48 bits, and so with 57.
     #[inline(always)]
-    fn go(cpu: &mut Cpu, target: u64) -> Result<(), Stop> {
-        // Bits 47-63 are equal: canonical with 48 bits, and so with 57.
-        if (target as i64 >> 47).wrapping_add(1) as u64 > 1 && !cpu.canonical(target) {
-            return Err(cpu.gp0());
+    fn near(_: &Cpu, target: u64) -> Option<u64> {
+        ((target as i64 >> 47).wrapping_add(1) as u64 <= 1).then_some(target)
+    }
+    fn check(cpu: &mut Cpu, target: u64) -> Result<u64, Stop> {
+        if cpu.canonical(target) {
+            Ok(target)
+        } else {
+            Err(cpu.gp0())
         }
-        cpu.state.set_rip(target);
-        Ok(())
     }
     #[inline(always)]
-    fn push(cpu: &mut Cpu, value: u64) -> Result<(), Stop> {
+    fn push_hit(cpu: &mut Cpu, value: u64) -> bool {
         let rsp = cpu.state.regs[reg::RSP].wrapping_sub(8);
-        cpu.write_at(SEG_FLAT_SS, rsp, value)?;
-        cpu.state.regs[reg::RSP] = rsp;
-        Ok(())
+        let hit = cpu.write_hit_at(SEG_FLAT_SS, rsp, value);
+        if hit {
+            cpu.state.regs[reg::RSP] = rsp;
+        }
+        hit
     }
     #[inline(always)]
-    fn top(cpu: &mut Cpu) -> Result<u64, Stop> {
-        cpu.read_at(SEG_FLAT_SS, cpu.state.regs[reg::RSP])
+    fn top_hit(cpu: &Cpu) -> Option<u64> {
+        cpu.read_hit_at(SEG_FLAT_SS, cpu.state.regs[reg::RSP])
     }
     #[inline(always)]
     fn release(cpu: &mut Cpu, bytes: u64) {
@@ -70,23 +77,29 @@ impl<T: Ram> Near for Legacy<T> {
     type Size = T;
 
     #[inline(always)]
-    fn go(cpu: &mut Cpu, target: u64) -> Result<(), Stop> {
+    fn near(cpu: &Cpu, target: u64) -> Option<u64> {
         let target = T::from_u64(target).to_u64();
-        if target > cpu.state.seg[usize::from(seg::CS)].limit.into() {
-            return Err(cpu.gp0());
-        }
-        cpu.state.set_rip(target);
-        Ok(())
+        let limit = cpu.state.seg[usize::from(seg::CS)].limit;
+        (target <= limit.into()).then_some(target)
+    }
+    fn check(cpu: &mut Cpu, target: u64) -> Result<u64, Stop> {
+        Self::near(cpu, target).ok_or_else(|| cpu.gp0())
     }
     #[inline(always)]
-    fn push(cpu: &mut Cpu, value: u64) -> Result<(), Stop> {
-        cpu.push(T::from_u64(value))
-    }
-    #[inline(always)]
-    fn top(cpu: &mut Cpu) -> Result<u64, Stop> {
+    fn push_hit(cpu: &mut Cpu, value: u64) -> bool {
         let (code, mask) = cpu.stack();
-        let v: T = cpu.read_at(code, cpu.state.regs[reg::RSP] & mask)?;
-        Ok(v.to_u64())
+        let sp = cpu.state.regs[reg::RSP].wrapping_sub(T::BYTES as u64) & mask;
+        let hit = cpu.write_hit_at(code, sp, T::from_u64(value));
+        if hit {
+            cpu.set_stack_pointer(sp, mask);
+        }
+        hit
+    }
+    #[inline(always)]
+    fn top_hit(cpu: &Cpu) -> Option<u64> {
+        let (code, mask) = cpu.stack();
+        let top: T = cpu.read_hit_at(code, cpu.state.regs[reg::RSP] & mask)?;
+        Some(top.to_u64())
     }
     #[inline(always)]
     fn release(cpu: &mut Cpu, bytes: u64) {
@@ -96,9 +109,29 @@ impl<T: Ram> Near for Legacy<T> {
     }
 }
 
+/// Moves RIP to a target, checked.
+#[inline(always)]
+fn go<N: Near>(cpu: &mut Cpu, target: u64) -> Result<(), Stop> {
+    match N::near(cpu, target) {
+        Some(target) => {
+            cpu.state.set_rip(target);
+            Ok(())
+        }
+        None => go_far::<N>(cpu, target),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn go_far<N: Near>(cpu: &mut Cpu, target: u64) -> Result<(), Stop> {
+    let target = N::check(cpu, target)?;
+    cpu.state.set_rip(target);
+    Ok(())
+}
+
 #[inline(always)]
 fn go_relative<N: Near>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-    N::go(cpu, cpu.state.rip().wrapping_add(insn.imm))
+    go::<N>(cpu, cpu.state.rip().wrapping_add(insn.imm))
 }
 
 fn jmp<N: Near>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
@@ -135,9 +168,21 @@ fn loop_while<N: Near, C: Width, const KIND: u8>(cpu: &mut Cpu, insn: &Insn) -> 
 /// fails.
 #[inline(always)]
 fn call_to<N: Near>(cpu: &mut Cpu, target: u64) -> Result<(), Stop> {
-    let back = cpu.state.rip();
-    N::go(cpu, target)?;
-    N::push(cpu, back).inspect_err(|_| cpu.state.set_rip(back))
+    if let Some(near) = N::near(cpu, target)
+        && N::push_hit(cpu, cpu.state.rip())
+    {
+        cpu.state.set_rip(near);
+        return Ok(());
+    }
+    call_slow::<N>(cpu, target)
+}
+
+#[inline(never)]
+fn call_slow<N: Near>(cpu: &mut Cpu, target: u64) -> Result<(), Stop> {
+    let target = N::check(cpu, target)?;
+    cpu.push(N::Size::from_u64(cpu.state.rip()))?;
+    cpu.state.set_rip(target);
+    Ok(())
 }
 
 fn call<N: Near>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
@@ -157,26 +202,40 @@ fn call_memory<N: Near>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
 
 fn jmp_register<N: Near>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     let target = N::Size::get(&cpu.state.regs, insn.op0).to_u64();
-    N::go(cpu, target)
+    go::<N>(cpu, target)
 }
 
 fn jmp_memory<N: Near>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     let target = cpu.read::<N::Size>(insn)?.to_u64();
-    N::go(cpu, target)
+    go::<N>(cpu, target)
 }
 
-fn ret<N: Near>(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
-    let target = N::top(cpu)?;
-    N::go(cpu, target)?;
-    N::release(cpu, N::Size::BYTES as u64);
+/// RET, and with `FREES` RET imm16, which frees that much of the stack besides.
+fn ret<N: Near, const FREES: bool>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    if let Some(target) = N::top_hit(cpu)
+        && let Some(target) = N::near(cpu, target)
+    {
+        cpu.state.set_rip(target);
+        N::release(cpu, freed::<N, FREES>(insn));
+        return Ok(());
+    }
+    ret_slow::<N, FREES>(cpu, insn)
+}
+
+#[inline(never)]
+fn ret_slow<N: Near, const FREES: bool>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    let (code, mask) = cpu.stack();
+    let top: N::Size = cpu.read_at(code, cpu.state.regs[reg::RSP] & mask)?;
+    let target = N::check(cpu, top.to_u64())?;
+    cpu.state.set_rip(target);
+    N::release(cpu, freed::<N, FREES>(insn));
     Ok(())
 }
 
-fn ret_imm<N: Near>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-    let target = N::top(cpu)?;
-    N::go(cpu, target)?;
-    N::release(cpu, N::Size::BYTES as u64 + (insn.imm & 0xffff));
-    Ok(())
+/// Bytes of the stack that RET takes.
+#[inline(always)]
+fn freed<N: Near, const FREES: bool>(insn: &Insn) -> u64 {
+    N::Size::BYTES as u64 + if FREES { insn.imm & 0xffff } else { 0 }
 }
 
 /// The handler of an instruction whose only variable is the operand size.
@@ -254,12 +313,12 @@ pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
         (Mnemonic::Ret, _) => {
             use iced_x86::Code as C;
             match raw.code() {
-                C::Retnw => by_near!(2, N => ret::<N>),
-                C::Retnd => by_near!(4, N => ret::<N>),
-                C::Retnq => by_near!(8, N => ret::<N>),
-                C::Retnw_imm16 => by_near!(2, N => ret_imm::<N>),
-                C::Retnd_imm16 => by_near!(4, N => ret_imm::<N>),
-                C::Retnq_imm16 => by_near!(8, N => ret_imm::<N>),
+                C::Retnw => by_near!(2, N => ret::<N, false>),
+                C::Retnd => by_near!(4, N => ret::<N, false>),
+                C::Retnq => by_near!(8, N => ret::<N, false>),
+                C::Retnw_imm16 => by_near!(2, N => ret::<N, true>),
+                C::Retnd_imm16 => by_near!(4, N => ret::<N, true>),
+                C::Retnq_imm16 => by_near!(8, N => ret::<N, true>),
                 _ => None,
             }
         }

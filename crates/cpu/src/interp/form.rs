@@ -60,8 +60,13 @@ pub(super) use {by_width, by_word};
 
 /// A source operand.
 pub(super) trait Source {
+    /// Its value, if it is at hand: in memory only if the TLB has it.
+    fn hit<T: Alu>(cpu: &Cpu, insn: &Insn) -> Option<T>;
     /// Its value.
-    fn fetch<T: Alu>(cpu: &mut Cpu, insn: &Insn) -> Result<T, Stop>;
+    #[inline(always)]
+    fn fetch<T: Alu>(cpu: &mut Cpu, insn: &Insn) -> Result<T, Stop> {
+        Self::hit(cpu, insn).map_or_else(|| cpu.read(insn), Ok)
+    }
 }
 
 /// Operand 1 is a register.
@@ -73,12 +78,16 @@ pub(super) struct Immediate;
 
 impl Source for Register {
     #[inline(always)]
-    fn fetch<T: Alu>(cpu: &mut Cpu, insn: &Insn) -> Result<T, Stop> {
-        Ok(T::get(&cpu.state.regs, insn.op1))
+    fn hit<T: Alu>(cpu: &Cpu, insn: &Insn) -> Option<T> {
+        Some(T::get(&cpu.state.regs, insn.op1))
     }
 }
 
 impl Source for Memory {
+    #[inline(always)]
+    fn hit<T: Alu>(cpu: &Cpu, insn: &Insn) -> Option<T> {
+        cpu.read_hit(insn)
+    }
     #[inline(always)]
     fn fetch<T: Alu>(cpu: &mut Cpu, insn: &Insn) -> Result<T, Stop> {
         cpu.read(insn)
@@ -87,8 +96,8 @@ impl Source for Memory {
 
 impl Source for Immediate {
     #[inline(always)]
-    fn fetch<T: Alu>(_: &mut Cpu, insn: &Insn) -> Result<T, Stop> {
-        Ok(T::from_u64(insn.imm))
+    fn hit<T: Alu>(_: &Cpu, insn: &Insn) -> Option<T> {
+        Some(T::from_u64(insn.imm))
     }
 }
 
@@ -106,11 +115,31 @@ pub(super) trait Unary {
     fn apply<T: Alu>(a: T, flags: u64) -> (T, u64);
 }
 
+// Each form that touches memory is two functions: one that does the instruction if the TLB has the
+// operand, and one for all other cases, which the first ends with.
+
 fn binary_to_register<O: Binary, T: Alu, S: Source>(
     cpu: &mut Cpu,
     insn: &Insn,
 ) -> Result<(), Stop> {
+    match S::hit::<T>(cpu, insn) {
+        Some(b) => binary_into_register::<O, T>(cpu, insn, b),
+        None => binary_to_register_slow::<O, T, S>(cpu, insn),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn binary_to_register_slow<O: Binary, T: Alu, S: Source>(
+    cpu: &mut Cpu,
+    insn: &Insn,
+) -> Result<(), Stop> {
     let b = S::fetch::<T>(cpu, insn)?;
+    binary_into_register::<O, T>(cpu, insn, b)
+}
+
+#[inline(always)]
+fn binary_into_register<O: Binary, T: Alu>(cpu: &mut Cpu, insn: &Insn, b: T) -> Result<(), Stop> {
     let s = &mut cpu.state;
     let (value, flags) = O::apply(T::get(&s.regs, insn.op0), b, s.rflags);
     s.rflags = flags;
@@ -120,8 +149,34 @@ fn binary_to_register<O: Binary, T: Alu, S: Source>(
     Ok(())
 }
 
+/// The second operand, of an instruction whose first is in memory.
+#[inline(always)]
+fn second<T: Alu, S: Source>(cpu: &Cpu, insn: &Insn) -> T {
+    S::hit(cpu, insn).unwrap_or_default()
+}
+
 fn binary_to_memory<O: Binary, T: Alu, S: Source>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-    let b = S::fetch::<T>(cpu, insn)?;
+    let b = second::<T, S>(cpu, insn);
+    let old = cpu.state.rflags;
+    let flags = if O::STORES {
+        cpu.modify_hit(insn, |a: T| O::apply(a, b, old))
+    } else {
+        cpu.read_hit::<T>(insn).map(|a| O::apply(a, b, old).1)
+    };
+    let Some(flags) = flags else {
+        return binary_to_memory_slow::<O, T, S>(cpu, insn);
+    };
+    cpu.state.rflags = flags;
+    Ok(())
+}
+
+#[cold]
+#[inline(never)]
+fn binary_to_memory_slow<O: Binary, T: Alu, S: Source>(
+    cpu: &mut Cpu,
+    insn: &Insn,
+) -> Result<(), Stop> {
+    let b = second::<T, S>(cpu, insn);
     let old = cpu.state.rflags;
     cpu.state.rflags = if O::STORES {
         cpu.modify(insn, |a: T| O::apply(a, b, old))?
@@ -140,6 +195,17 @@ fn unary_register<O: Unary, T: Alu>(cpu: &mut Cpu, insn: &Insn) -> Result<(), St
 }
 
 fn unary_memory<O: Unary, T: Alu>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    let old = cpu.state.rflags;
+    let Some(flags) = cpu.modify_hit(insn, |a: T| O::apply(a, old)) else {
+        return unary_memory_slow::<O, T>(cpu, insn);
+    };
+    cpu.state.rflags = flags;
+    Ok(())
+}
+
+#[cold]
+#[inline(never)]
+fn unary_memory_slow<O: Unary, T: Alu>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     let old = cpu.state.rflags;
     cpu.state.rflags = cpu.modify(insn, |a: T| O::apply(a, old))?;
     Ok(())

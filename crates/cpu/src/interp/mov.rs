@@ -2,6 +2,8 @@
 //! CMOVcc, SETcc, the sign extensions of the accumulator, XLAT, the flag instructions, and the
 //! instructions that do nothing (SDM Vol. 2). Exchanges are in [`super::exchange`].
 
+use std::marker::PhantomData;
+
 use iced_x86::{Mnemonic, OpKind};
 
 use super::condition::{by_condition, holds};
@@ -16,26 +18,77 @@ use crate::native::alu::{Alu, merge};
 use crate::state::{reg, rflags};
 use crate::width::Width;
 
-fn to_register<T: Alu, S: Source>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-    S::fetch::<T>(cpu, insn)?.set(&mut cpu.state.regs, insn.op0);
+/// What a load makes of the value it read.
+trait Load {
+    /// Size in memory.
+    type From: Alu;
+    /// Size of the register.
+    type To: Alu;
+    fn extend(v: Self::From) -> Self::To;
+}
+
+/// MOV.
+struct Plain<T>(PhantomData<T>);
+/// MOVZX from `T` to `D`.
+struct Zero<T, D>(PhantomData<(T, D)>);
+/// MOVSX and MOVSXD from `T` to `D`.
+struct Sign<T, D>(PhantomData<(T, D)>);
+
+impl<T: Alu> Load for Plain<T> {
+    type From = T;
+    type To = T;
+    #[inline(always)]
+    fn extend(v: T) -> T {
+        v
+    }
+}
+
+impl<T: Alu, D: Alu> Load for Zero<T, D> {
+    type From = T;
+    type To = D;
+    #[inline(always)]
+    fn extend(v: T) -> D {
+        D::from_u64(v.to_u64())
+    }
+}
+
+impl<T: Alu, D: Alu> Load for Sign<T, D> {
+    type From = T;
+    type To = D;
+    #[inline(always)]
+    fn extend(v: T) -> D {
+        D::from_u64(v.to_i64() as u64)
+    }
+}
+
+fn to_register<L: Load, S: Source>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    let Some(v) = S::hit::<L::From>(cpu, insn) else {
+        return to_register_slow::<L, S>(cpu, insn);
+    };
+    L::extend(v).set(&mut cpu.state.regs, insn.op0);
+    Ok(())
+}
+
+#[cold]
+#[inline(never)]
+fn to_register_slow<L: Load, S: Source>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    let v = S::fetch::<L::From>(cpu, insn)?;
+    L::extend(v).set(&mut cpu.state.regs, insn.op0);
     Ok(())
 }
 
 fn to_memory<T: Alu, S: Source>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-    let v = S::fetch::<T>(cpu, insn)?;
+    let v = S::hit::<T>(cpu, insn).unwrap_or_default();
+    if cpu.write_hit(insn, v) {
+        return Ok(());
+    }
+    to_memory_slow(cpu, insn, v)
+}
+
+#[cold]
+#[inline(never)]
+fn to_memory_slow<T: Alu>(cpu: &mut Cpu, insn: &Insn, v: T) -> Result<(), Stop> {
     cpu.write(insn, v)
-}
-
-fn zero_extend<T: Alu, D: Alu, S: Source>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-    let v = S::fetch::<T>(cpu, insn)?;
-    D::from_u64(v.to_u64()).set(&mut cpu.state.regs, insn.op0);
-    Ok(())
-}
-
-fn sign_extend<T: Alu, D: Alu, S: Source>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-    let v = S::fetch::<T>(cpu, insn)?;
-    D::from_u64(v.to_i64() as u64).set(&mut cpu.state.regs, insn.op0);
-    Ok(())
 }
 
 fn lea<T: Alu>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
@@ -128,10 +181,14 @@ fn mov(insn: &Insn) -> Option<Handler> {
     match (raw.op0_kind(), raw.op1_kind()) {
         (OpKind::Register, _) if insn.op0 == 255 => None,
         (_, OpKind::Register) if insn.op1 == 255 => None,
-        (OpKind::Register, OpKind::Register) => by_width!(bytes, T => to_register::<T, Register>),
-        (OpKind::Register, OpKind::Memory) => by_width!(bytes, T => to_register::<T, Memory>),
+        (OpKind::Register, OpKind::Register) => {
+            by_width!(bytes, T => to_register::<Plain<T>, Register>)
+        }
+        (OpKind::Register, OpKind::Memory) => {
+            by_width!(bytes, T => to_register::<Plain<T>, Memory>)
+        }
         (OpKind::Memory, OpKind::Register) => by_width!(bytes, T => to_memory::<T, Register>),
-        (OpKind::Register, _) => by_width!(bytes, T => to_register::<T, Immediate>),
+        (OpKind::Register, _) => by_width!(bytes, T => to_register::<Plain<T>, Immediate>),
         (OpKind::Memory, _) => by_width!(bytes, T => to_memory::<T, Immediate>),
         _ => None,
     }
@@ -142,11 +199,11 @@ fn extension<S: Source>(insn: &Insn) -> Option<Handler> {
     let raw = &insn.raw;
     let (from, to) = (operand_bytes(raw, 1), operand_bytes(raw, 0));
     match (raw.mnemonic() == Mnemonic::Movzx, from) {
-        (true, 1) => by_word!(to, D => zero_extend::<u8, D, S>),
-        (true, 2) => by_word!(to, D => zero_extend::<u16, D, S>),
-        (false, 1) => by_word!(to, D => sign_extend::<u8, D, S>),
-        (false, 2) => by_word!(to, D => sign_extend::<u16, D, S>),
-        (false, 4) => by_word!(to, D => sign_extend::<u32, D, S>),
+        (true, 1) => by_word!(to, D => to_register::<Zero<u8, D>, S>),
+        (true, 2) => by_word!(to, D => to_register::<Zero<u16, D>, S>),
+        (false, 1) => by_word!(to, D => to_register::<Sign<u8, D>, S>),
+        (false, 2) => by_word!(to, D => to_register::<Sign<u16, D>, S>),
+        (false, 4) => by_word!(to, D => to_register::<Sign<u32, D>, S>),
         _ => None,
     }
 }

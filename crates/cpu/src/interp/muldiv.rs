@@ -18,8 +18,8 @@ struct Operand0;
 
 impl Source for Operand0 {
     #[inline(always)]
-    fn fetch<T: Alu>(cpu: &mut Cpu, insn: &Insn) -> Result<T, Stop> {
-        Ok(T::get(&cpu.state.regs, insn.op0))
+    fn hit<T: Alu>(cpu: &Cpu, insn: &Insn) -> Option<T> {
+        Some(T::get(&cpu.state.regs, insn.op0))
     }
 }
 

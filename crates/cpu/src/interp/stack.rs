@@ -19,10 +19,10 @@ use crate::width::Width;
 
 /// The stack of a kind of code.
 trait Stack {
-    /// Pushes; nothing changes if it faults.
-    fn push<T: Ram>(cpu: &mut Cpu, value: T) -> Result<(), Stop>;
-    /// Pops; nothing changes if it faults.
-    fn pop<T: Ram>(cpu: &mut Cpu) -> Result<T, Stop>;
+    /// Pushes if the TLB has the place.
+    fn push_hit<T: Ram>(cpu: &mut Cpu, value: T) -> bool;
+    /// Pops if the TLB has the place.
+    fn pop_hit<T: Ram>(cpu: &mut Cpu) -> Option<T>;
 }
 
 /// 64-bit code.
@@ -32,30 +32,60 @@ struct Any;
 
 impl Stack for Long {
     #[inline(always)]
-    fn push<T: Ram>(cpu: &mut Cpu, value: T) -> Result<(), Stop> {
+    fn push_hit<T: Ram>(cpu: &mut Cpu, value: T) -> bool {
         let rsp = cpu.state.regs[reg::RSP].wrapping_sub(T::BYTES as u64);
-        cpu.write_at(SEG_FLAT_SS, rsp, value)?;
-        cpu.state.regs[reg::RSP] = rsp;
-        Ok(())
+        let hit = cpu.write_hit_at(SEG_FLAT_SS, rsp, value);
+        if hit {
+            cpu.state.regs[reg::RSP] = rsp;
+        }
+        hit
     }
     #[inline(always)]
-    fn pop<T: Ram>(cpu: &mut Cpu) -> Result<T, Stop> {
+    fn pop_hit<T: Ram>(cpu: &mut Cpu) -> Option<T> {
         let rsp = cpu.state.regs[reg::RSP];
-        let value = cpu.read_at(SEG_FLAT_SS, rsp)?;
+        let value = cpu.read_hit_at(SEG_FLAT_SS, rsp)?;
         cpu.state.regs[reg::RSP] = rsp.wrapping_add(T::BYTES as u64);
-        Ok(value)
+        Some(value)
     }
 }
 
 impl Stack for Any {
     #[inline(always)]
-    fn push<T: Ram>(cpu: &mut Cpu, value: T) -> Result<(), Stop> {
-        cpu.push(value)
+    fn push_hit<T: Ram>(cpu: &mut Cpu, value: T) -> bool {
+        let (code, mask) = cpu.stack();
+        let sp = cpu.state.regs[reg::RSP].wrapping_sub(T::BYTES as u64) & mask;
+        let hit = cpu.write_hit_at(code, sp, value);
+        if hit {
+            cpu.set_stack_pointer(sp, mask);
+        }
+        hit
     }
     #[inline(always)]
-    fn pop<T: Ram>(cpu: &mut Cpu) -> Result<T, Stop> {
-        cpu.pop()
+    fn pop_hit<T: Ram>(cpu: &mut Cpu) -> Option<T> {
+        let (code, mask) = cpu.stack();
+        let sp = cpu.state.regs[reg::RSP] & mask;
+        let value = cpu.read_hit_at(code, sp)?;
+        cpu.set_stack_pointer(sp.wrapping_add(T::BYTES as u64), mask);
+        Some(value)
     }
+}
+
+#[inline(always)]
+fn push<S: Stack, T: Ram>(cpu: &mut Cpu, value: T) -> Result<(), Stop> {
+    if S::push_hit(cpu, value) {
+        return Ok(());
+    }
+    push_slow(cpu, value)
+}
+
+#[inline(never)]
+fn push_slow<T: Ram>(cpu: &mut Cpu, value: T) -> Result<(), Stop> {
+    cpu.push(value)
+}
+
+#[inline(always)]
+fn pop<S: Stack, T: Ram>(cpu: &mut Cpu) -> Result<T, Stop> {
+    S::pop_hit(cpu).map_or_else(|| cpu.pop(), Ok)
 }
 
 /// An operation of one operand size on one kind of stack.
@@ -64,28 +94,37 @@ struct On<S, T>(PhantomData<(S, T)>);
 impl<S: Stack, T: Ram> On<S, T> {
     fn push_register(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
         let v = T::get(&cpu.state.regs, insn.op0);
-        S::push(cpu, v)
+        push::<S, T>(cpu, v)
     }
 
     fn push_immediate(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-        S::push(cpu, T::from_u64(insn.imm))
+        push::<S, T>(cpu, T::from_u64(insn.imm))
     }
 
     fn push_memory(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
         let v = cpu.read::<T>(insn)?;
-        S::push(cpu, v)
+        push::<S, T>(cpu, v)
     }
 
     // POP of the stack pointer itself: the popped value stands.
     fn pop_register(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-        S::pop::<T>(cpu)?.set(&mut cpu.state.regs, insn.op0);
+        let Some(v) = S::pop_hit::<T>(cpu) else {
+            return Self::pop_register_slow(cpu, insn);
+        };
+        v.set(&mut cpu.state.regs, insn.op0);
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn pop_register_slow(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+        cpu.pop::<T>()?.set(&mut cpu.state.regs, insn.op0);
         Ok(())
     }
 
     // An address that uses RSP is computed with its value after the pop.
     fn pop_memory(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
         let rsp = cpu.state.regs[reg::RSP];
-        let v = S::pop::<T>(cpu)?;
+        let v = pop::<S, T>(cpu)?;
         cpu.write(insn, v)
             .inspect_err(|_| cpu.state.regs[reg::RSP] = rsp)
     }
@@ -94,7 +133,7 @@ impl<S: Stack, T: Ram> On<S, T> {
         let rsp = cpu.state.regs[reg::RSP];
         let (_, mask) = cpu.stack();
         cpu.set_stack_pointer(cpu.state.regs[reg::RBP], mask);
-        match S::pop::<T>(cpu) {
+        match pop::<S, T>(cpu) {
             Ok(v) => v.set(&mut cpu.state.regs, reg::RBP),
             Err(stop) => {
                 cpu.state.regs[reg::RSP] = rsp;

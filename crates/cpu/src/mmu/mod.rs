@@ -4,6 +4,7 @@
 //! MMIO, read-only and dirty-logged slots, pages with code, watched pages — is [`slow`]'s work.
 
 mod flush;
+mod hit;
 mod operand;
 pub(crate) mod slow;
 pub mod tlb;

@@ -309,10 +309,10 @@ pub fn merge(old: u64, new: u64, mask: u64) -> u64 {
     old & !mask | new & mask
 }
 
-/// All six status flags replaced.
+/// All six status flags replaced by those of a primitive, which come with no others.
 #[inline(always)]
 pub fn status(old: u64, new: u64) -> u64 {
-    merge(old, new, rflags::STATUS)
+    old & !rflags::STATUS | new
 }
 
 /// The bit-reversed CRC-32C polynomial.
