@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn fields_of_a_code_descriptor() {
         // Base 0x12345678, limit 0xabcde in pages, 32-bit conforming readable code, DPL 2.
-        let low = 0x12cA_de34_5678_bcde_u64 & !(0xff << 40) | 0xde << 40;
+        let low = 0x12ca_de34_5678_bcde_u64 & !(0xff << 40) | 0xde << 40;
         let d = Descriptor {
             selector: 0x1b,
             address: 0,

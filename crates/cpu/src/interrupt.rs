@@ -15,7 +15,7 @@ use crate::task::TaskSwitch;
 const IDT: u32 = 2;
 
 fn idt_error(vector: u8) -> u32 {
-    u32::from(vector) * 8 | IDT
+    (u32::from(vector) * 8) | IDT
 }
 
 /// Flags that delivery through a gate clears; interrupt gates clear IF as well.

@@ -6,10 +6,11 @@
 //! stmxcsr [host_mxcsr]; ldmxcsr [mxcsr]                      SIMD floating point only
 //! movups / vmovups + vinsertf128                             the vector registers read
 //! mov                                                        the general registers used
-//! push [flags]; popfq                                        if it reads flags, or leaves some undefined
+//! mov eax, [flags]; add al, 127; sahf                        if it reads flags, or leaves some undefined
 //! THE INSTRUCTION                                            memory operand at [rdi]
-//! pushfq; pop [flags]
-//! mov, movups / vmovups                                      the registers written
+//! mov                                                        the general registers written
+//! seto al; lahf; mov [flags], eax                            if it changes flags
+//! movups / vmovups                                           the vector registers written
 //! stmxcsr [mxcsr]; ldmxcsr [host_mxcsr]
 //! fxsave64 [x87]; fninit; fldcw [host_fcw]; ldmxcsr …
 //! vzeroupper; ret
@@ -49,6 +50,17 @@ impl Emitter {
         self.put(&Instruction::with2(code, at(offset), register)?)
     }
 
+    /// The status flags: SAHF sets all but OF, which 1 + 127 sets.
+    fn load_flags(&mut self) -> Result<(), IcedError> {
+        self.load(Code::Mov_r32_rm32, Register::EAX, offset::FLAGS)?;
+        self.put(&Instruction::with2(
+            Code::Add_AL_imm8,
+            Register::AL,
+            127_i32,
+        )?)?;
+        self.plain(Code::Sahf)
+    }
+
     fn enter(&mut self, plan: &Plan) -> Result<(), IcedError> {
         if plan.x87 {
             self.memory(Code::Fnstcw_m2byte, offset::HOST_FCW)?;
@@ -81,19 +93,19 @@ impl Emitter {
             self.load(Code::Mov_r64_rm64, g.host, offset::gpr(slot))?;
         }
         if plan.flags_in != 0 {
-            self.memory(Code::Push_rm64, offset::FLAGS)?;
-            self.plain(Code::Popfq)?;
+            self.load_flags()?;
         }
         Ok(())
     }
 
     fn leave(&mut self, plan: &Plan) -> Result<(), IcedError> {
-        if plan.flags_out != 0 {
-            self.plain(Code::Pushfq)?;
-            self.memory(Code::Pop_rm64, offset::FLAGS)?;
-        }
         for (slot, g) in plan.gprs.iter().enumerate().filter(|(_, g)| g.write) {
             self.store(Code::Mov_rm64_r64, offset::gpr(slot), g.host)?;
+        }
+        if plan.flags_out != 0 {
+            self.put(&Instruction::with1(Code::Seto_rm8, Register::AL)?)?;
+            self.plain(Code::Lahf)?;
+            self.store(Code::Mov_rm32_r32, offset::FLAGS, Register::EAX)?;
         }
         for (slot, v) in plan.vectors.iter().enumerate().filter(|(_, v)| v.write) {
             let n = u32::from(v.host);

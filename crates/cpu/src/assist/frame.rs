@@ -23,8 +23,8 @@ pub struct Frame {
     pub vectors: [[u8; 64]; VECTORS],
     /// General registers.
     pub gprs: [u64; GPRS],
-    /// Status flags, in and out; no other flag is ever set here.
-    pub flags: u64,
+    /// Status flags, in and out, as SAHF and LAHF have them in AX, and OF in bit 0.
+    pub flags: u32,
     /// MXCSR to run with; afterwards, what the instruction left in it.
     pub mxcsr: u32,
     /// Where the stub keeps the host's MXCSR.
@@ -47,6 +47,19 @@ impl Default for Frame {
             host_fcw: 0,
             x87: Image([0; 512]),
         }
+    }
+}
+
+impl Frame {
+    /// Sets the status flags to run with.
+    #[inline(always)]
+    pub fn set_flags(&mut self, rflags: u64) {
+        self.flags = (rflags as u32 & 0xff) << 8 | (rflags >> 11 & 1) as u32;
+    }
+    /// The status flags after the instruction.
+    #[inline(always)]
+    pub fn flags(&self) -> u64 {
+        u64::from(self.flags >> 8 & 0xff) | u64::from(self.flags & 1) << 11
     }
 }
 

@@ -193,6 +193,10 @@ impl Plan {
                 }
             }
         }
+        // Loading the flags takes RAX.
+        if plan.flags_in != 0 && plan.gprs.iter().any(|g| g.host == Register::RAX) {
+            return None;
+        }
         for used in info.used_memory() {
             plan.memory = match used.access() {
                 OpAccess::Read | OpAccess::CondRead => MemoryUse::Read,

@@ -18,6 +18,7 @@ mod muldiv;
 mod shift;
 pub mod simd;
 mod simd_masked;
+mod simd_moves;
 mod simd_state;
 mod stack;
 mod string;

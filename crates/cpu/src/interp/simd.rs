@@ -32,6 +32,9 @@ pub const MXCSR_MASK: u32 = 0xffff;
 
 /// The handler of an instruction that a stub can run; the stub's number goes into the instruction.
 pub fn select(insn: &mut Insn) -> Option<Handler> {
+    if let Some(handler) = super::simd_moves::select(insn) {
+        return Some(handler);
+    }
     let packed = assist::bind(&insn.raw)?;
     if !assist::host_has(&insn.raw) {
         return Some(unavailable);
@@ -159,6 +162,8 @@ impl Cpu {
     ) -> Result<[u8; 64], Stop> {
         let mut buf = [0; 64];
         match size {
+            16 => buf[..16].copy_from_slice(&self.read_16(seg, offset)?),
+            32 => buf[..32].copy_from_slice(self.read_32(seg, offset)?.as_flattened()),
             8 => buf[..8].copy_from_slice(&self.read_at::<u64>(seg, offset)?.to_le_bytes()),
             4 => buf[..4].copy_from_slice(&self.read_at::<u32>(seg, offset)?.to_le_bytes()),
             2 => buf[..2].copy_from_slice(&self.read_at::<u16>(seg, offset)?.to_le_bytes()),
@@ -233,7 +238,7 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
         let shift = if code & HIGH_BYTE != 0 { 8 } else { 0 };
         cpu.assist.gprs[slot] = cpu.state.regs[code & 15] >> shift;
     }
-    cpu.assist.flags = cpu.state.rflags & crate::state::rflags::STATUS;
+    cpu.assist.set_flags(cpu.state.rflags);
     let mxcsr = cpu.state.xsave.u32(XsaveArea::MXCSR);
     cpu.assist.mxcsr = host_mxcsr(mxcsr);
     if stub.x87 {
@@ -280,7 +285,7 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
         }
     }
     if stub.flags != 0 {
-        cpu.state.rflags = cpu.state.rflags & !stub.flags | cpu.assist.flags & stub.flags;
+        cpu.state.rflags = cpu.state.rflags & !stub.flags | cpu.assist.flags() & stub.flags;
     }
     Ok(())
 }

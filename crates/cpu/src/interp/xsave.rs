@@ -65,7 +65,11 @@ fn is_wide(insn: &Insn) -> bool {
 /// Components that are not in their initial configuration, as XGETBV with ECX = 1 reports them.
 pub fn in_use(s: &CpuState) -> u64 {
     let x = &s.xsave;
-    let zero = |from: usize, len: usize| x.0[from..from + len].iter().all(|b| *b == 0);
+    let zero = |from: usize, len: usize| {
+        let (words, rest) = x.0[from..from + len].as_chunks::<8>();
+        words.iter().fold(0, |any, w| any | u64::from_le_bytes(*w)) == 0
+            && rest.iter().all(|b| *b == 0)
+    };
     let mut bits = 0;
     if x.u16(0) != super::x87::FCW_INIT || !zero(2, 22) || !zero(X87_REGISTERS.start, 128) {
         bits |= xcr0::X87;
@@ -247,18 +251,23 @@ fn save(cpu: &mut Cpu, insn: &Insn, form: Save) -> Result<(), Stop> {
         rfbm & used
     };
     let image = legacy_image(cpu, is_wide(insn));
-    let area = cpu.state.xsave;
+    let mut header = [0; 16];
+    header[..8].copy_from_slice(&(used & rfbm).to_le_bytes());
+    header[8..].copy_from_slice(&(rfbm | COMPACTED).to_le_bytes());
+    if !compacted {
+        let old = cpu.read_at::<u64>(insn.seg, at(HEADER))?;
+        header[..8].copy_from_slice(&(old & !rfbm | used & rfbm).to_le_bytes());
+    }
 
-    // The pieces, in ascending order; none is written before all are known to be writable.
-    let mut pieces: [(usize, &[u8]); 10] = [(0, &[]); 10];
-    let mut n = 0;
-    let mut add = |offset, bytes| {
-        pieces[n] = (offset, bytes);
-        n += 1;
-    };
+    // The pieces: offset in memory, offset in the register file, length.
+    let mut pieces = Pieces::default();
     if stored & xcr0::X87 != 0 {
-        add(0, &image[X87_CONTROL]);
-        add(X87_REGISTERS.start, &image[X87_REGISTERS]);
+        pieces.add(0, X87_CONTROL.start, X87_CONTROL.len());
+        pieces.add(
+            X87_REGISTERS.start,
+            X87_REGISTERS.start,
+            X87_REGISTERS.len(),
+        );
     }
     let mxcsr = if compacted {
         stored & xcr0::SSE
@@ -266,36 +275,56 @@ fn save(cpu: &mut Cpu, insn: &Insn, form: Save) -> Result<(), Stop> {
         rfbm & (xcr0::SSE | xcr0::AVX)
     };
     if mxcsr != 0 {
-        add(MXCSR.start, &image[MXCSR]);
+        pieces.add(MXCSR.start, MXCSR.start, MXCSR.len());
     }
     if stored & xcr0::SSE != 0 {
-        let len = reach(cpu, xcr0::SSE, 256);
-        add(XsaveArea::XMM, &image[XsaveArea::XMM..XsaveArea::XMM + len]);
+        pieces.add(XsaveArea::XMM, XsaveArea::XMM, reach(cpu, xcr0::SSE, 256));
     }
     for (bit, offset, standard, size) in offsets(compacted.then_some(rfbm)) {
         if stored & bit != 0 {
-            add(offset, &area.0[standard..standard + reach(cpu, bit, size)]);
+            pieces.add(offset, standard, reach(cpu, bit, size));
         }
     }
-    let mut header = [0; 16];
-    let header = if compacted {
-        header[..8].copy_from_slice(&(used & rfbm).to_le_bytes());
-        header[8..].copy_from_slice(&(rfbm | COMPACTED).to_le_bytes());
-        &header[..]
-    } else {
-        let old = cpu.read_at::<u64>(insn.seg, at(HEADER))?;
-        header[..8].copy_from_slice(&(old & !rfbm | used & rfbm).to_le_bytes());
-        &header[..8]
-    };
-    add(HEADER, header);
-    let pieces = &pieces[..n];
-    for (offset, bytes) in pieces {
-        cpu.probe_write(insn.seg, at(*offset), bytes.len())?;
+    let header_len = if compacted { 16 } else { 8 };
+    // None is written before all are known to be writable.
+    for (offset, _, len) in pieces.iter() {
+        cpu.probe_write(insn.seg, at(offset), len)?;
     }
-    for (offset, bytes) in pieces {
-        cpu.write_bytes(insn.seg, at(*offset), bytes)?;
+    cpu.probe_write(insn.seg, at(HEADER), header_len)?;
+    for (offset, from, len) in pieces.iter() {
+        if from < HEADER {
+            cpu.write_bytes(insn.seg, at(offset), &image[from..from + len])?;
+        } else {
+            let mut done = 0;
+            while done < len {
+                let mut piece = [0; 256];
+                let n = (len - done).min(piece.len());
+                piece[..n].copy_from_slice(&cpu.state.xsave.0[from + done..from + done + n]);
+                cpu.write_bytes(insn.seg, at(offset + done), &piece[..n])?;
+                done += n;
+            }
+        }
     }
-    Ok(())
+    cpu.write_bytes(insn.seg, at(HEADER), &header[..header_len])
+}
+
+/// At most the four pieces of the legacy region and the components behind the header.
+#[derive(Default)]
+struct Pieces {
+    all: [(usize, usize, usize); 4 + EXTENDED.len()],
+    n: usize,
+}
+
+impl Pieces {
+    fn add(&mut self, offset: usize, from: usize, len: usize) {
+        if let Some(piece) = self.all.get_mut(self.n) {
+            *piece = (offset, from, len);
+            self.n += 1;
+        }
+    }
+    fn iter(&self) -> impl Iterator<Item = (usize, usize, usize)> {
+        self.all.into_iter().take(self.n)
+    }
 }
 
 fn xrstor(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {

@@ -11,6 +11,7 @@ pub(crate) mod elements;
 pub mod fault;
 pub mod mapping;
 pub mod pages;
+pub(crate) mod wide;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};

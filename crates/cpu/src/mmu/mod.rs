@@ -9,6 +9,7 @@ mod operand;
 pub(crate) mod slow;
 pub mod tlb;
 mod walk;
+mod wide;
 
 use crate::cpu::Cpu;
 use crate::events::vector;

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // Each test file uses its part of it.
 
+pub mod tables;
+
 use std::sync::{Arc, Mutex};
 
 use anykvm_cpu::machine::{Hypercall, MsrResult};
