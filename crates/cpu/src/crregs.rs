@@ -305,8 +305,9 @@ pub(crate) fn xgetbv(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
     }
     let value = match cpu.state.regs[reg::RCX] as u32 {
         0 => cpu.state.xcr0,
-        // XINUSE: components this crate does not track count as in use.
-        1 if cpu.cpuid.has(feature::XGETBV1) => cpu.state.xcr0,
+        1 if cpu.cpuid.has(feature::XGETBV1) => {
+            cpu.state.xcr0 & crate::interp::xsave::in_use(&cpu.state)
+        }
         _ => return Err(cpu.gp0()),
     };
     cpu.state.regs[reg::RAX] = value & 0xffff_ffff;

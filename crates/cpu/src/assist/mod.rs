@@ -189,6 +189,11 @@ pub fn bind(raw: &Instruction) -> Option<u64> {
     Some(packed)
 }
 
+/// Whether an instruction is one that can run in a stub.
+pub fn serves(raw: &Instruction) -> bool {
+    Plan::of(raw).is_some()
+}
+
 /// The stub and binding that [`bind`] packed.
 #[inline(always)]
 pub fn lookup(packed: u64) -> Option<(&'static Stub, Binding)> {

@@ -67,8 +67,8 @@ const LEAF7_EDX_INTEL: u32 = bits([26]);
 const XSAVE_FORMS: u32 = bits([0, 1, 2]);
 /// Leaf 0x80000001, ECX.
 const EXTENDED_ECX: Flags = Flags {
-    // LZCNT SSE4A misaligned-SSE PREFETCHW
-    host: bits([5, 6, 7, 8]),
+    // LZCNT SSE4A PREFETCHW; not misaligned SSE, since MXCSR has no MM bit here.
+    host: bits([5, 6, 8]),
     // LAHF/SAHF, MOV CR8 by LOCK prefix
     always: bits([0]),
 };

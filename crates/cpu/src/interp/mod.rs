@@ -8,6 +8,7 @@ mod arith;
 mod bcd;
 mod bits;
 mod branch;
+mod cache;
 mod condition;
 mod exchange;
 mod form;
@@ -24,7 +25,7 @@ mod stack;
 mod string;
 mod system;
 mod x87;
-mod xsave;
+pub mod xsave;
 
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
@@ -50,6 +51,7 @@ const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
     simd_state::select,
     simd_masked::select,
     xsave::select,
+    cache::select,
 ];
 
 /// The function that executes an instruction; `None` if none does.

@@ -1,6 +1,8 @@
 //! SIMD, x87, bit-manipulation and the other computing instructions: everything [`crate::assist`]
 //! runs on the host, and who may use which registers when (SDM Vol. 2, 2.4 and 2.5; Vol. 3, 14.1).
 
+use iced_x86::EncodingKind;
+
 use crate::assist::{self, Class, Frame, HIGH_BYTE, MemoryUse};
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
@@ -35,15 +37,22 @@ pub fn select(insn: &mut Insn) -> Option<Handler> {
     if let Some(handler) = super::simd_moves::select(insn) {
         return Some(handler);
     }
-    let packed = assist::bind(&insn.raw)?;
-    if !assist::host_has(&insn.raw) {
-        return Some(unavailable);
+    match assist::bind(&insn.raw) {
+        Some(packed) if assist::host_has(&insn.raw) => {
+            insn.imm = packed;
+            Some(native)
+        }
+        Some(_) => Some(unavailable),
+        // CPUID offers no extension with these encodings but those that stubs serve, and XCR0
+        // cannot enable AVX-512's state.
+        None if insn.raw.encoding() != EncodingKind::Legacy && !assist::serves(&insn.raw) => {
+            Some(unavailable)
+        }
+        None => None,
     }
-    insn.imm = packed;
-    Some(native)
 }
 
-/// An instruction that the host, and so the guest, does not have.
+/// An instruction that the host, or this processor, and so the guest, does not have.
 fn unavailable(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
     Err(cpu.ud())
 }

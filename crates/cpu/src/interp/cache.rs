@@ -1,0 +1,72 @@
+//! Memory ordering and cache lines: fences, flushes, direct stores (SDM Vol. 3, 9.2 and 12.5).
+//!
+//! Guest RAM is the host's own, cached and coherent, so flushing a line only checks its address.
+
+use std::sync::atomic::{Ordering, fence};
+
+use iced_x86::Mnemonic;
+
+use crate::cpu::Cpu;
+use crate::decode::{Handler, Insn, SEG_FLAT_SS};
+use crate::events::vector;
+use crate::exit::Stop;
+use crate::mode::Mode;
+use crate::state::seg;
+
+/// The handler, if the instruction is of this family.
+pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
+    Some(match insn.raw.mnemonic() {
+        Mnemonic::Mfence => mfence,
+        // Loads and stores of this program keep the order of the guest's.
+        Mnemonic::Lfence | Mnemonic::Sfence => nothing,
+        Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => flush_line,
+        Mnemonic::Movdiri => match insn.raw.op1_register().size() {
+            8 => movdiri::<u64>,
+            _ => movdiri::<u32>,
+        },
+        Mnemonic::Movdir64b => movdir64b,
+        _ => return None,
+    })
+}
+
+fn nothing(_: &mut Cpu, _: &Insn) -> Result<(), Stop> {
+    Ok(())
+}
+
+fn mfence(_: &mut Cpu, _: &Insn) -> Result<(), Stop> {
+    fence(Ordering::SeqCst);
+    Ok(())
+}
+
+// Checked like a load of one byte, without loading it: the line may be a device's.
+fn flush_line(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    let offset = cpu.effective_address(insn);
+    let linear = cpu.linear(insn.seg, offset, 1, false)?;
+    if !cpu.canonical(linear) {
+        let stack = insn.seg == SEG_FLAT_SS;
+        return Err(cpu.raise_error(if stack { vector::SS } else { vector::GP }, 0));
+    }
+    cpu.probe(linear, 1, cpu.data_access(false))
+}
+
+fn movdiri<T: crate::memory::access::Ram>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    cpu.write(insn, T::get(&cpu.state.regs, insn.op1))
+}
+
+// 64 bytes from the memory operand to ES:register, which must be aligned.
+fn movdir64b(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    let register = insn.raw.op0_register();
+    let mask = match register.size() {
+        8 => u64::MAX,
+        4 => 0xffff_ffff,
+        _ => 0xffff,
+    };
+    let to = cpu.state.regs[insn.op0] & mask;
+    let code = crate::decode::segment_code(seg::ES, cpu.mode());
+    let base = cpu.state.seg[usize::from(code & 7)].base;
+    if base.wrapping_add(to) % 64 != 0 {
+        return Err(cpu.gp0());
+    }
+    let data = cpu.read_operand(insn, 64)?;
+    cpu.write_bytes(code, to, &data)
+}
