@@ -64,7 +64,7 @@ impl Vcpu {
                 continue;
             }
             slept = true;
-            self.stats().add(VcpuStat::HaltSleeps as usize, 1);
+            self.count(VcpuStat::HaltSleeps);
             let deadline = self.machine().lapic().and_then(|l| l.next_deadline());
             self.kick().sleep(deadline);
         }
@@ -93,7 +93,7 @@ impl Vcpu {
     fn adapt_poll(&self, core: &mut Core, halted_ns: u64, slept: bool) {
         if !slept {
             if core.halt_poll_ns > 0 {
-                self.stats().add(VcpuStat::HaltSuccessfulPoll as usize, 1);
+                self.count(VcpuStat::HaltSuccessfulPoll);
             }
         } else if halted_ns < SHORT_HALT_NS {
             let most = POLL_MAX_NS.min(self.vm().enabled().halt_poll_ns().into());

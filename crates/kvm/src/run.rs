@@ -71,9 +71,6 @@ impl Vcpu {
         result.map(|_| ())
     }
 
-    fn count(&self, stat: VcpuStat) {
-        self.stats().add(stat as usize, 1);
-    }
 
     fn enter(&self, core: &mut Core) -> Result<u32> {
         let page = self.machine().run();
@@ -398,7 +395,7 @@ impl Vcpu {
     fn publish_counters(&self, core: &Core) {
         let stats = self.stats();
         let counters = &core.cpu.counters;
-        stats.add(VcpuStat::Exits as usize, 1);
+        self.count(VcpuStat::Exits);
         stats.set(VcpuStat::Instructions as usize, counters.instructions);
         stats.set(VcpuStat::Blocks as usize, counters.blocks);
         stats.set(VcpuStat::DecodedBlocks as usize, counters.decoded);

@@ -350,3 +350,18 @@ fn halted_vcpus_wake_for_an_nmi() {
     sender.join().unwrap();
     assert_eq!(vcpu.vcpu_events().nmi.masked, 1);
 }
+
+#[test]
+#[ignore = "a measurement"]
+fn cost_of_an_exit() {
+    // out 0x10, al; jmp $-2
+    let mut fd = crate::VcpuFd::from(vcpu(&[0xe6, 0x10, 0xeb, 0xfc]));
+    for _ in 0..3 {
+        let start = Instant::now();
+        const N: u32 = 1_000_000;
+        for _ in 0..N {
+            assert!(matches!(fd.run(), Ok(crate::VcpuExit::IoOut(0x10, [_]))));
+        }
+        println!("{:?} an exit", start.elapsed() / N);
+    }
+}
