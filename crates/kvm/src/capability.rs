@@ -101,7 +101,7 @@ const TABLE: &[(u32, Value)] = &[
     (KVM_CAP_XCRS, Is(1)),
     (KVM_CAP_SYNC_REGS, Is(crate::run::SYNC_FIELDS as u32)),
     (KVM_CAP_VAPIC, Is(1)),
-    (KVM_CAP_X86_SMM, Is(crate::events::SMM as u32)),
+    (KVM_CAP_X86_SMM, Is(1)),
     (KVM_CAP_ENFORCE_PV_FEATURE_CPUID, Is(1)),
     (KVM_CAP_VCPU_ATTRIBUTES, Is(1)),
     (KVM_CAP_ASYNC_PF, Is(1)),

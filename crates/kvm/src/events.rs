@@ -12,10 +12,6 @@ use anykvm_cpu::events::{MpState, SHADOW_MOV_SS, SHADOW_STI, vector};
 
 use crate::error::{Errno, Result};
 
-/// KVM_CAP_X86_SMM: whether the processor has system-management mode. While it has not, KVM_SMI and
-/// a state in SMM are refused.
-pub(crate) const SMM: bool = false;
-
 /// The capabilities of the VM that the structure depends on.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct EventCapabilities {
@@ -122,7 +118,7 @@ pub(crate) fn set(s: &mut CpuState, new: &kvm_vcpu_events, caps: EventCapabiliti
     let smm = has(KVM_VCPUEVENT_VALID_SMM);
     if smm
         && (new.smi.smm != 0 || new.smi.pending != 0)
-        && (!SMM || s.events.mp_state == MpState::InitReceived)
+        && s.events.mp_state == MpState::InitReceived
     {
         return Err(Errno::EINVAL);
     }

@@ -71,7 +71,6 @@ impl Vcpu {
         result.map(|_| ())
     }
 
-
     fn enter(&self, core: &mut Core) -> Result<u32> {
         let page = self.machine().run();
         if core.cpu.state.events.mp_state == MpState::Uninitialized {
@@ -106,6 +105,7 @@ impl Vcpu {
         }
         core.has_run = true;
         loop {
+            self.accept_apic_events(core);
             if core.cpu.state.events.mp_state != MpState::Runnable {
                 self.block(core)?;
                 continue;

@@ -117,11 +117,6 @@ impl RunPage {
         self.0
             .write(EXIT + offset_of!(internal, data) + 8 * (i % 16), value);
     }
-    /// One data word of an internal-error exit.
-    pub fn internal_data(&self, i: usize) -> u64 {
-        self.0
-            .read(EXIT + offset_of!(internal, data) + 8 * (i % 16))
-    }
     /// The instruction of an emulation failure.
     pub fn set_emulation_failure_insn(&self, bytes: &[u8]) {
         const AT: usize = EXIT + offset_of!(emulation_failure, __bindgen_anon_1);

@@ -75,11 +75,6 @@ impl TscSync {
 }
 
 impl VcpuMachine {
-    /// The guest's TSC now.
-    pub fn guest_tsc(&self, s: &CpuState) -> u64 {
-        tsc_at(host_tsc(), s.tsc_offset, s.tsc_ratio)
-    }
-
     /// Sets rate and offset, and tells everything computed from them.
     fn set_tsc(&self, s: &mut CpuState, offset: u64, ratio: u64) {
         s.tsc_offset = offset;

@@ -246,7 +246,8 @@ impl VcpuFd {
     }
     /// KVM_SMI (4.96).
     pub fn smi(&self) -> Result<()> {
-        self.vcpu.smi()
+        self.vcpu.smi();
+        Ok(())
     }
     /// KVM_KVMCLOCK_CTRL (4.67): tells the guest that it was stopped. EINVAL if it has no kvmclock.
     pub fn kvmclock_ctrl(&self) -> Result<()> {

@@ -69,7 +69,10 @@ impl Vcpu {
                 self.nmi();
                 Ok(0.into())
             }
-            KVM_SMI => done(self.smi()),
+            KVM_SMI => {
+                self.smi();
+                Ok(0.into())
+            }
             KVM_SET_SIGNAL_MASK => done(self.ioctl_signal_mask(arg, user)),
 
             KVM_SET_CPUID => done(self.ioctl_set_cpuid(arg, user)),

@@ -69,10 +69,6 @@ impl VcpuRequests {
     pub fn take_smi(&self) -> bool {
         self.smi.swap(false, Ordering::SeqCst)
     }
-    /// Whether NMIs or an SMI wait to be collected.
-    pub fn has_nmi_or_smi(&self) -> bool {
-        self.nmis.load(Ordering::SeqCst) != 0 || self.smi.load(Ordering::SeqCst)
-    }
     /// INIT and SIPI that wait.
     pub fn apic_events(&self) -> u32 {
         self.apic_events.load(Ordering::SeqCst)

@@ -312,13 +312,9 @@ impl Vcpu {
     }
 
     /// KVM_SMI.
-    pub fn smi(&self) -> Result<()> {
+    pub fn smi(&self) {
         use anykvm_irqchip::VcpuEvents;
-        if !events::SMM {
-            return Err(Errno::EINVAL);
-        }
         self.requests().smi();
-        Ok(())
     }
 
     /// KVM_KVMCLOCK_CTRL: the guest is told that it was stopped.
