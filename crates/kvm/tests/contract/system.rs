@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use anykvm::{Errno, Object};
+use anykvm::{Errno, Object, UserMemory};
 use anykvm_abi::ioctl::*;
-use anykvm_abi::{KVM_CAP_MAX_VCPU_ID, kvm_enable_cap};
+use anykvm_abi::{
+    KVM_CAP_MAX_VCPU_ID, Plain, kvm_cpuid_entry2, kvm_device_attr, kvm_enable_cap, kvm_msr_entry,
+};
 
 use crate::support::*;
 
@@ -61,6 +63,121 @@ fn vcpu_ids_are_unique_and_bounded() {
     // The id of a vCPU whose descriptors are closed stays taken.
     drop(first);
     assert_eq!(f.vcpu(0).unwrap_err(), Errno::EEXIST);
+}
+
+#[test]
+fn supported_cpuid_fits_or_is_e2big() {
+    let f = Fixture::new();
+    for request in [KVM_GET_SUPPORTED_CPUID, KVM_GET_EMULATED_CPUID] {
+        let at = f.user.room(8 + 256 * 40);
+        let with_room = |n: u32| {
+            f.user.write(at, n.as_bytes()).unwrap();
+            f.system(request, at)
+        };
+        assert_eq!(with_room(256), Ok(0));
+        let count: u32 = f.user.value(at);
+        assert!(count >= 3);
+        assert_eq!(f.user.value::<kvm_cpuid_entry2>(at + 8).function, 0);
+        assert_eq!(with_room(count), Ok(0));
+        assert_eq!(with_room(count - 1), Err(Errno::E2BIG));
+        assert_eq!(with_room(0), Err(Errno::E2BIG));
+        assert_eq!(f.system(request, NOWHERE), Err(Errno::EFAULT));
+    }
+}
+
+#[test]
+fn supported_cpuid_names_kvm() {
+    let f = Fixture::new();
+    let at = f
+        .user
+        .array(&[256u32, 0], &[kvm_cpuid_entry2::default(); 256]);
+    assert_eq!(f.system(KVM_GET_SUPPORTED_CPUID, at), Ok(0));
+    let count: u32 = f.user.value(at);
+    let entries: Vec<kvm_cpuid_entry2> = (0..u64::from(count))
+        .map(|i| f.user.value(at + 8 + i * 40))
+        .collect();
+    let kvm = entries.iter().find(|e| e.function == 0x4000_0000).unwrap();
+    assert_eq!(
+        [kvm.ebx, kvm.ecx, kvm.edx].map(u32::to_le_bytes).concat(),
+        b"KVMKVMKVM\0\0\0"
+    );
+    for function in [
+        0,
+        1,
+        7,
+        0xd,
+        0x4000_0001,
+        0x8000_0000,
+        0x8000_0001,
+        0x8000_0008,
+    ] {
+        assert!(
+            entries.iter().any(|e| e.function == function),
+            "no leaf {function:#x}"
+        );
+    }
+}
+
+#[test]
+fn msr_lists() {
+    let f = Fixture::new();
+    for request in [KVM_GET_MSR_INDEX_LIST, KVM_GET_MSR_FEATURE_INDEX_LIST] {
+        let at = f.user.array(&0u32, &[0u32; 512]);
+        assert_eq!(f.system(request, at), Err(Errno::E2BIG));
+        let need: u32 = f.user.value(at);
+        assert!(need > 0 && need < 512);
+        assert_eq!(f.system(request, at), Ok(0));
+        let indices: Vec<u32> = (0..u64::from(need))
+            .map(|i| f.user.value(at + 4 + i * 4))
+            .collect();
+        let mut unique = indices.clone();
+        unique.sort_unstable();
+        unique.dedup();
+        assert_eq!(unique.len(), indices.len(), "an MSR is listed twice");
+        assert_eq!(f.system(request, 0), Err(Errno::EFAULT));
+    }
+}
+
+#[test]
+fn feature_msrs() {
+    let f = Fixture::new();
+    let list = f.user.array(&512u32, &[0u32; 512]);
+    assert_eq!(f.system(KVM_GET_MSR_FEATURE_INDEX_LIST, list), Ok(0));
+    let first: u32 = f.user.value(list + 4);
+    let entry = |index| kvm_msr_entry {
+        index,
+        ..Default::default()
+    };
+    // Stops at the first that is no feature.
+    let at = f.user.array(
+        &[3u32, 0],
+        &[entry(first), entry(0x1234_5678), entry(first)],
+    );
+    assert_eq!(f.system(KVM_GET_MSRS, at), Ok(1));
+    let at = f.user.array(&[256u32, 0], &[entry(first)]);
+    assert_eq!(f.system(KVM_GET_MSRS, at), Err(Errno::E2BIG));
+    assert_eq!(f.system(KVM_GET_MSRS, NOWHERE), Err(Errno::EFAULT));
+}
+
+#[test]
+fn mce_and_device_attributes() {
+    let f = Fixture::new();
+    let at = f.user.at(&0u64);
+    assert_eq!(f.system(KVM_X86_GET_MCE_CAP_SUPPORTED, at), Ok(0));
+    assert_eq!(f.user.value::<u64>(at), 1 << 24 | 1 << 8 | 32);
+    let attr = |group, attr| {
+        f.user.at(&kvm_device_attr {
+            flags: 0,
+            group,
+            attr,
+            addr: at,
+        })
+    };
+    assert_eq!(f.system(KVM_HAS_DEVICE_ATTR, attr(0, 0)), Ok(0));
+    assert_eq!(f.system(KVM_GET_DEVICE_ATTR, attr(0, 0)), Ok(0));
+    assert_eq!(f.user.value::<u64>(at) & 3, 3);
+    assert_eq!(f.system(KVM_HAS_DEVICE_ATTR, attr(0, 1)), Err(Errno::ENXIO));
+    assert_eq!(f.system(KVM_GET_DEVICE_ATTR, attr(1, 0)), Err(Errno::ENXIO));
 }
 
 #[test]
