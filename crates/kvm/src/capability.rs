@@ -122,13 +122,6 @@ const TABLE: &[(u32, Value)] = &[
     (KVM_CAP_DISABLE_QUIRKS, Is(1)),
     (KVM_CAP_DISABLE_QUIRKS2, Is(QUIRKS)),
     (KVM_CAP_HALT_POLL, Is(1)),
-    (KVM_CAP_SYNC_REGS, Is(KVM_SYNC_X86_VALID_FIELDS)),
-    (KVM_CAP_XSAVE2, Is(crate::xsave::REGION as u32)),
-    (KVM_CAP_VCPU_ATTRIBUTES, Is(1)),
-    (KVM_CAP_VAPIC, Is(1)),
-    (KVM_CAP_ENFORCE_PV_FEATURE_CPUID, Is(1)),
-    (KVM_CAP_ASYNC_PF, Is(1)),
-    (KVM_CAP_ASYNC_PF_INT, Is(1)),
     // Time.
     (KVM_CAP_CLOCKSOURCE, Is(1)),
     (KVM_CAP_ADJUST_CLOCK, Is(crate::clock::VALID_FLAGS)),
@@ -136,7 +129,6 @@ const TABLE: &[(u32, Value)] = &[
     (KVM_CAP_TSC_CONTROL, Is(1)),
     (KVM_CAP_VM_TSC_CONTROL, Is(1)),
     (KVM_CAP_GET_TSC_KHZ, Is(1)),
-    (KVM_CAP_KVMCLOCK_CTRL, Is(1)),
     // The API itself.
     (KVM_CAP_ENABLE_CAP, Is(1)),
     (KVM_CAP_ENABLE_CAP_VM, Is(1)),
