@@ -81,6 +81,8 @@ impl Vcpus {
 impl Vm {
     /// KVM_CREATE_VM.
     pub(crate) fn new() -> Result<Arc<Self>> {
+        // Before the VMM's seccomp filters, which may forbid executable mappings.
+        anykvm_cpu::assist::prepare();
         let id = format!("kvm-{}", std::process::id());
         let stats = StatsFile::new(&id, VM_STATISTICS)?;
         let coalesced_ring = memfd("kvm-coalesced", PAGE as u64)?;

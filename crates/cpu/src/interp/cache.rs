@@ -64,7 +64,7 @@ fn movdir64b(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     let to = cpu.state.regs[insn.op0] & mask;
     let code = crate::decode::segment_code(seg::ES, cpu.mode());
     let base = cpu.state.seg[usize::from(code & 7)].base;
-    if base.wrapping_add(to) % 64 != 0 {
+    if !base.wrapping_add(to).is_multiple_of(64) {
         return Err(cpu.gp0());
     }
     let data = cpu.read_operand(insn, 64)?;
