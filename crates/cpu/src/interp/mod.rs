@@ -7,6 +7,7 @@
 mod arith;
 mod bcd;
 mod bits;
+mod bmi;
 mod branch;
 mod cache;
 mod condition;
@@ -52,6 +53,7 @@ const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
     simd_masked::select,
     xsave::select,
     cache::select,
+    bmi::select,
 ];
 
 /// The function that executes an instruction; `None` if none does.

@@ -36,7 +36,8 @@ pub fn select(insn: &mut Insn) -> Option<Handler> {
         3 if vector(0) && vector(1) && memory(2) => Shape::Load,
         _ => return None,
     };
-    let handler = whole(raw.mnemonic(), shape, vex, wide)
+    let handler = move_mask(raw.mnemonic(), shape, vex, wide)
+        .or_else(|| whole(raw.mnemonic(), shape, vex, wide))
         .or_else(|| part(raw.mnemonic(), shape, vex))
         .or_else(|| binary(raw.mnemonic(), shape, vex, wide))?;
     for (i, code) in [&mut insn.op0, &mut insn.op1, &mut insn.op2]
@@ -254,6 +255,30 @@ fn load_half<const AT: usize>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     v[AT..AT + 8].copy_from_slice(&half.to_le_bytes());
     cpu.set_xmm(insn.op0, &v);
     Ok(())
+}
+
+/// The sign bits of all bytes.
+fn move_mask(m: Mnemonic, shape: Shape, vex: bool, wide: bool) -> Option<Handler> {
+    let mine = matches!(m, Mnemonic::Pmovmskb | Mnemonic::Vpmovmskb) && shape == Shape::ToGpr;
+    mine.then(|| -> Handler { form!(vex, wide, pmovmskb) })
+}
+
+fn pmovmskb<const VEX: bool, const WIDE: bool>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    check::<VEX>(cpu)?;
+    let (lo, hi) = get::<WIDE>(cpu, insn.op1);
+    cpu.state.regs[insn.op0] = u64::from(sign_bits(&lo)) | u64::from(sign_bits(&hi)) << 16;
+    Ok(())
+}
+
+#[inline(always)]
+fn sign_bits(v: &[u8; 16]) -> u16 {
+    // In each 8 bytes, the multiplication gathers the sign bits in the top byte.
+    let (words, _) = v.as_chunks::<8>();
+    let gather = |w: &[u8; 8]| {
+        let signs = u64::from_le_bytes(*w) >> 7 & 0x0101_0101_0101_0101;
+        signs.wrapping_mul(0x0102_0408_1020_4080) >> 56
+    };
+    (gather(&words[0]) | gather(&words[1]) << 8) as u16
 }
 
 /// An operation on each element of two 16-byte operands.
