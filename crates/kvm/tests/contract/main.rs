@@ -10,3 +10,8 @@ mod io;
 mod memory;
 mod support;
 mod system;
+mod vcpu;
+mod vcpu_cpuid_msrs;
+mod vcpu_events;
+mod vcpu_registers;
+mod vcpu_run;
