@@ -3,8 +3,8 @@
 //! with them (cache coherency of DMA) needs nothing here.
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use anykvm_abi::{
     KVM_CREATE_DEVICE_TEST, KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, KVM_DEV_VFIO_FILE_DEL, ioctl,
@@ -83,35 +83,56 @@ impl Device {
         .map(|()| 0)
     }
 
-    pub(crate) fn set_attr(&self, attr: &kvm_device_attr, user: &dyn UserMemory) -> Result<()> {
+    fn set_attr(&self, attr: &kvm_device_attr, user: &dyn UserMemory) -> Result<()> {
         has_attr(attr)?;
-        let fd = duplicate(user.get(attr.addr)?)?;
-        let target = std::fs::read_link(format!(
-            "/proc/self/fd/{}",
-            rustix::fd::AsRawFd::as_raw_fd(&fd)
-        ));
-        if !target.is_ok_and(|path| {
-            path.starts_with("/dev/vfio") || path.starts_with("anon_inode:[vfio-device]")
-        }) {
-            return Err(Errno::EINVAL);
-        }
-        let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|s| (s.st_dev, s.st_ino, s.st_rdev));
-        let id = inode(&fd)?;
-        let mut files = self.files.lock().unwrap_or_else(|e| e.into_inner());
-        let at = files.iter().position(|f| inode(f) == Ok(id));
-        match (attr.attr as u32, at) {
-            (KVM_DEV_VFIO_FILE_ADD, Some(_)) => Err(Errno::EEXIST),
-            (KVM_DEV_VFIO_FILE_ADD, None) => {
-                files.push(fd);
-                Ok(())
-            }
-            (_, Some(at)) => {
-                files.remove(at);
-                Ok(())
-            }
-            (_, None) => Err(Errno::ENOENT),
+        let fd = user.get(attr.addr)?;
+        if attr.attr == u64::from(KVM_DEV_VFIO_FILE_ADD) {
+            self.add_file(fd)
+        } else {
+            self.remove_file(fd)
         }
     }
+
+    /// KVM_DEV_VFIO_FILE_ADD.
+    pub(crate) fn add_file(&self, fd: i32) -> Result<()> {
+        let fd = vfio_file(fd)?;
+        let id = identity(&fd)?;
+        let mut files = self.lock_files();
+        if files.iter().any(|f| identity(f) == Ok(id)) {
+            return Err(Errno::EEXIST);
+        }
+        files.push(fd);
+        Ok(())
+    }
+
+    /// KVM_DEV_VFIO_FILE_DEL.
+    pub(crate) fn remove_file(&self, fd: i32) -> Result<()> {
+        let id = identity(&vfio_file(fd)?)?;
+        let mut files = self.lock_files();
+        let at = files.iter().position(|f| identity(f) == Ok(id));
+        files.remove(at.ok_or(Errno::ENOENT)?);
+        Ok(())
+    }
+
+    fn lock_files(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+        self.files.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A duplicate of a VFIO group or device file; EINVAL if it is another file.
+fn vfio_file(fd: i32) -> Result<OwnedFd> {
+    let fd = duplicate(fd)?;
+    let target = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    if !target.starts_with("/dev/vfio") && target.as_os_str() != "anon_inode:[vfio-device]" {
+        return Err(Errno::EINVAL);
+    }
+    Ok(fd)
+}
+
+/// Which file it is, whatever its descriptor.
+fn identity(fd: &OwnedFd) -> Result<(u64, u64, u64)> {
+    let stat = rustix::fs::fstat(fd)?;
+    Ok((stat.st_dev, stat.st_ino, stat.st_rdev))
 }
 
 /// KVM_HAS_DEVICE_ATTR.

@@ -31,7 +31,7 @@ pub(crate) fn merge(from: &DirtyLog, first_page: u64, to: &Slot) {
 impl Vm {
     /// The pages written since the last call, one bit each, and (unless the log is manually
     /// protected) forgets them.
-    pub(crate) fn take_dirty_log(&self, table: &SlotTable, slot: u32) -> Result<Vec<u64>> {
+    fn take_dirty_log(&self, table: &SlotTable, slot: u32) -> Result<Vec<u64>> {
         let manual = self.enabled.manual_dirty_log_protect() != 0;
         let (space, id) = SlotTable::split(slot)?;
         let record = table.spaces[space].get(&id).ok_or(Errno::ENOENT)?;
@@ -51,6 +51,14 @@ impl Vm {
                 }
             })
             .collect())
+    }
+
+    /// [`Self::take_dirty_log`], for a caller that wants the bitmap itself.
+    pub(crate) fn fetch_dirty_log(&self, slot: u32) -> Result<Vec<u64>> {
+        let table = self.lock_slots();
+        let bitmap = self.take_dirty_log(&table, slot)?;
+        self.relog(bitmap.iter().any(|w| *w != 0));
+        Ok(bitmap)
     }
 
     /// KVM_GET_DIRTY_LOG.

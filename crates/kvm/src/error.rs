@@ -58,6 +58,9 @@ errnos! {
     EOPNOTSUPP "not supported";
 }
 
+/// The error type of the public API, by the name kvm-ioctls has for it.
+pub type Error = Errno;
+
 /// Result of a call of the KVM API.
 pub type Result<T> = std::result::Result<T, Errno>;
 

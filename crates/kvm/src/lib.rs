@@ -1,16 +1,74 @@
 //! KVM in user space: the objects behind the file descriptors of the KVM API, with a software
 //! processor where KVM has the hardware's.
 //!
-//! [`Object`] is the KVM API as a VMM sees it: ioctl numbers, structures, errno values.
+//! Two ways in: [`Kvm`], [`VmFd`] and [`VcpuFd`] are for Rust programs and have the shapes and names
+//! of the kvm-ioctls crate; [`Object`] is the KVM API as a VMM sees it: ioctl numbers, structures,
+//! errno values.
+//!
+//! A few bytes of real-mode code that add two numbers and write the sum to a port:
+//!
+//! ```
+//! use anykvm::bindings::{kvm_regs, kvm_userspace_memory_region};
+//! use anykvm::{Kvm, VcpuExit};
+//!
+//! let code = [
+//!     0xba, 0xf8, 0x03, // mov dx, 0x3f8
+//!     0x00, 0xd8, // add al, bl
+//!     0x04, b'0', // add al, '0'
+//!     0xee, // out dx, al
+//!     0xf4, // hlt
+//! ];
+//!
+//! let kvm = Kvm::new()?;
+//! let vm = kvm.create_vm()?;
+//!
+//! // A page of guest memory at 0x1000, with the code in it.
+//! # use anykvm_cpu::memory::mapping::Mapping;
+//! let memory = Mapping::anonymous(0x1000)?;
+//! memory.write_bytes(0, &code);
+//! let region = kvm_userspace_memory_region {
+//!     slot: 0,
+//!     flags: 0,
+//!     guest_phys_addr: 0x1000,
+//!     memory_size: 0x1000,
+//!     userspace_addr: memory.address(),
+//! };
+//! // SAFETY: a mapping of its own, which outlives the VM.
+//! unsafe { vm.set_user_memory_region(region)? };
+//!
+//! let mut vcpu = vm.create_vcpu(0)?;
+//! let mut sregs = vcpu.get_sregs()?;
+//! sregs.cs.base = 0;
+//! sregs.cs.selector = 0;
+//! vcpu.set_sregs(&sregs)?;
+//! vcpu.set_regs(&kvm_regs { rip: 0x1000, rax: 2, rbx: 2, rflags: 2, ..Default::default() })?;
+//!
+//! let mut written = Vec::new();
+//! loop {
+//!     match vcpu.run()? {
+//!         VcpuExit::IoOut(port, data) => {
+//!             assert_eq!(port, 0x3f8);
+//!             written.extend_from_slice(data);
+//!         }
+//!         VcpuExit::Hlt => break,
+//!         exit => panic!("unexpected exit: {exit:?}"),
+//!     }
+//! }
+//! assert_eq!(written, b"4");
+//! # drop((vcpu, vm));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+mod cap;
 mod capability;
 pub mod clock;
 mod coalesced;
 mod cpuid;
 mod device;
+mod device_fd;
 mod dirty_log;
 mod dispatch;
 mod error;
@@ -24,6 +82,7 @@ mod ioeventfd;
 mod irq;
 mod irqfd;
 mod kick;
+mod kvm_fd;
 mod lapic;
 mod machine;
 mod mce;
@@ -51,14 +110,19 @@ mod vcpu_requests;
 mod vcpu_state;
 mod vcpu_stats;
 mod vm;
+mod vm_fd;
 mod xen;
 mod xsave;
 
+pub use anykvm_abi as bindings;
+pub use cap::Cap;
 pub use capability::EnabledCapabilities;
 pub use device::Device;
-pub use error::{Errno, Result};
+pub use device_fd::DeviceFd;
+pub use error::{Errno, Error, Result};
 pub use event_thread::Deadline;
 pub use kick::Kick;
+pub use kvm_fd::Kvm;
 pub use object::{Object, Reply};
 pub use stats::{Statistic, StatsFile, VmStat};
 pub use system::System;
@@ -68,3 +132,7 @@ pub use vcpu_exit::{HypercallExit, MsrExitReason, ReadMsrExit, VcpuExit, WriteMs
 pub use vcpu_fd::{SyncReg, VcpuFd};
 pub use vcpu_stats::VcpuStat;
 pub use vm::Vm;
+pub use vm_fd::{
+    IoEventAddress, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, NoDatamatch, VmFd,
+    VmStats,
+};

@@ -4,10 +4,11 @@
 use anykvm_abi::{
     KVM_MSR_FILTER_DEFAULT_DENY, KVM_MSR_FILTER_MAX_BITMAP_SIZE, KVM_MSR_FILTER_RANGE_VALID_MASK,
     KVM_MSR_FILTER_READ, KVM_MSR_FILTER_VALID_MASK, KVM_MSR_FILTER_WRITE, kvm_user_msr_filter,
+    kvm_user_msr_filter_range,
 };
 
 use crate::error::{Errno, Result};
-use crate::user::UserMemory;
+use crate::user::{Efault, UserMemory};
 use crate::vm::Vm;
 
 /// MSRs of x2APIC, which cannot be filtered.
@@ -88,7 +89,65 @@ impl MsrFilter {
     }
 }
 
+/// Bitmaps of a Rust caller as memory that a filter can point into.
+#[derive(Default)]
+struct Bitmaps(Vec<u8>);
+
+impl Bitmaps {
+    /// The address of a copy, filled up to whole words.
+    fn add(&mut self, bitmap: &[u8]) -> u64 {
+        let at = self.0.len();
+        self.0.extend_from_slice(bitmap);
+        self.0.resize(self.0.len().next_multiple_of(8), 0);
+        at as u64
+    }
+}
+
+impl UserMemory for Bitmaps {
+    fn read(&self, address: u64, buf: &mut [u8]) -> std::result::Result<(), Efault> {
+        let from = self
+            .0
+            .get(address as usize..)
+            .and_then(|b| b.get(..buf.len()));
+        buf.copy_from_slice(from.ok_or(Efault)?);
+        Ok(())
+    }
+    fn write(&self, _: u64, _: &[u8]) -> std::result::Result<(), Efault> {
+        Err(Efault)
+    }
+}
+
 impl Vm {
+    /// KVM_X86_SET_MSR_FILTER, from the ranges themselves.
+    pub(crate) fn set_msr_filter_ranges(
+        &self,
+        flags: u32,
+        ranges: &[crate::vm_fd::MsrFilterRange<'_>],
+    ) -> Result<()> {
+        let mut filter = kvm_user_msr_filter {
+            flags,
+            ..Default::default()
+        };
+        if ranges.len() > filter.ranges.len() {
+            return Err(Errno::EINVAL);
+        }
+        // The bitmaps, one after the other, as the only memory there is.
+        let mut bitmaps = Bitmaps::default();
+        for (to, range) in filter.ranges.iter_mut().zip(ranges) {
+            if range.bitmap.len() < range.msr_count.div_ceil(8) as usize {
+                return Err(Errno::EINVAL);
+            }
+            *to = kvm_user_msr_filter_range {
+                flags: range.flags.bits(),
+                nmsrs: range.msr_count,
+                base: range.base,
+                pad: 0,
+                bitmap: bitmaps.add(range.bitmap),
+            };
+        }
+        self.set_msr_filter(&filter, &bitmaps)
+    }
+
     /// KVM_X86_SET_MSR_FILTER.
     pub(crate) fn set_msr_filter(
         &self,
