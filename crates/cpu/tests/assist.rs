@@ -9,8 +9,8 @@ use anykvm_cpu::state::{XsaveArea, cr4, rflags};
 use harness::Computer;
 use host::{Random, Registers, Runner};
 use iced_x86::{
-    Code, CpuidFeature, Encoder, EncodingKind, Instruction, MemoryOperand, Mnemonic,
-    OpCodeOperandKind as K, OpKind, Register, RflagsBits,
+    Code, CpuidFeature, Encoder, EncodingKind, Instruction, Mnemonic, OpCodeOperandKind as K,
+    OpKind, Register, RflagsBits,
 };
 
 const DATA: u64 = 0x8_0000;
@@ -18,7 +18,7 @@ const CODE: u64 = 0x1000;
 
 /// A random instruction of this code with its memory operand at [RSI]; `None` if the code has
 /// operands that assist does not serve.
-fn instance(code: Code, r: &mut Random) -> Option<Instruction> {
+fn instance(code: Code, bits: u32, r: &mut Random) -> Option<Instruction> {
     // Not RSP, which is the host's own in the reference, nor RSI, the base; RDI is an ordinary one.
     const GPRS: [u32; 14] = [0, 1, 2, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15];
     let mut insn = Instruction::default();
@@ -26,8 +26,11 @@ fn instance(code: Code, r: &mut Random) -> Option<Instruction> {
     for (i, kind) in code.op_code().op_kinds().iter().enumerate() {
         let i = i as u32;
         let in_memory = r.below(2) == 0;
-        let gpr = r.pick(&GPRS);
-        let vector = r.below(16) as u32;
+        let (gpr, vector) = if bits == 64 {
+            (r.pick(&GPRS), r.below(16) as u32)
+        } else {
+            (r.pick(&GPRS[..6]), r.below(8) as u32)
+        };
         let register = match kind {
             K::mem => None,
             K::r8_or_mem
@@ -42,7 +45,12 @@ fn instance(code: Code, r: &mut Random) -> Option<Instruction> {
                 None
             }
             K::r8_or_mem | K::r8_reg => {
-                Some(r.pick(&[Register::AL, Register::BL, Register::R9L, Register::DIL]))
+                let more = if bits == 64 {
+                    Register::DIL
+                } else {
+                    Register::CH
+                };
+                Some(r.pick(&[Register::AL, Register::BL, more]))
             }
             K::r16_or_mem | K::r16_reg | K::r16_rm | K::r16_reg_mem => Some(Register::AX + gpr),
             K::r32_or_mem | K::r32_reg | K::r32_rm | K::r32_vvvv => Some(Register::EAX + gpr),
@@ -72,8 +80,12 @@ fn instance(code: Code, r: &mut Random) -> Option<Instruction> {
             Some(register) => insn.set_op_register(i, register),
             None => {
                 insn.set_op_kind(i, OpKind::Memory);
-                let m = MemoryOperand::with_base_displ(Register::RSI, 64);
-                insn.set_memory_base(m.base);
+                let base = if bits == 64 {
+                    Register::RSI
+                } else {
+                    Register::ESI
+                };
+                insn.set_memory_base(base);
                 insn.set_memory_displacement64(64);
                 insn.set_memory_displ_size(1);
             }
@@ -235,26 +247,42 @@ const COMPARED: [(std::ops::Range<usize>, &str); 6] = [
 #[repr(align(64))]
 struct Aligned([u8; 256]);
 
+fn encode(insn: &Instruction, bits: u32) -> Option<Vec<u8>> {
+    let mut encoder = Encoder::new(bits);
+    encoder.encode(insn, 0).ok()?;
+    Some(encoder.take_buffer())
+}
+
 fn check(
     c: &mut Computer,
     runner: &mut Runner,
     code: Code,
+    bits: u32,
     r: &mut Random,
 ) -> Result<bool, String> {
-    let Some(insn) = instance(code, r) else {
+    let Some(insn) = instance(code, bits, r) else {
         return Ok(false);
     };
-    let mut encoder = Encoder::new(64);
-    if encoder.encode(&insn, 0).is_err() {
+    let Some(bytes) = encode(&insn, bits) else {
         return Ok(false);
+    };
+    let (mut before, memory) = random_state(code, r);
+    // 32-bit code is compared with its 64-bit form.
+    let mut host_form = insn;
+    if bits == 32 {
+        before.gprs.iter_mut().for_each(|g| *g &= 0xffff_ffff);
+        if insn.memory_base() != Register::None {
+            host_form.set_memory_base(Register::RSI);
+        }
     }
-    let bytes = encoder.take_buffer();
-    let (before, memory) = random_state(code, r);
+    let Some(host_bytes) = encode(&host_form, 64) else {
+        return Ok(false);
+    };
 
     let mut expected = before.clone();
     let mut host_memory = Aligned(memory);
     expected.gprs[6] = host_memory.0.as_mut_ptr() as u64;
-    runner.run(&bytes, &mut expected);
+    runner.run(&host_bytes, &mut expected);
 
     let s = &mut c.cpu.state;
     for n in 0..16 {
@@ -342,14 +370,32 @@ fn computer() -> Computer {
 
 #[test]
 fn every_instruction_agrees_with_the_host() {
-    let mut c = computer();
+    compare_all(computer(), 64, 900);
+}
+
+#[test]
+fn in_32_bit_code_too() {
+    let mut c = Computer::protected(1 << 20, CODE as u32);
+    let s = &mut c.cpu.state;
+    s.cr4 |= cr4::OSFXSR | cr4::OSXSAVE;
+    s.xcr0 = 7;
+    c.cpu.state_changed();
+    compare_all(c, 32, 800);
+}
+
+/// Compares instances of every code; at least `enough` codes must be among them.
+fn compare_all(mut c: Computer, bits: u32, enough: usize) {
     let mut runner = Runner::new();
     let mut r = Random(0x1234_5678_9abc_def1);
     let (mut codes, mut failures) = (0, Vec::new());
     for code in Code::values().filter(|c| served(*c)) {
         let mut compared = false;
+        // VZEROUPPER and VZEROALL reach only eight registers in 32-bit code.
+        if bits == 32 && matches!(code, Code::VEX_Vzeroupper | Code::VEX_Vzeroall) {
+            continue;
+        }
         for _ in 0..40 {
-            match check(&mut c, &mut runner, code, &mut r) {
+            match check(&mut c, &mut runner, code, bits, &mut r) {
                 Ok(done) => compared |= done,
                 Err(e) => {
                     failures.push(e);
@@ -371,5 +417,5 @@ fn every_instruction_agrees_with_the_host() {
         failures.len(),
         failures.join("\n")
     );
-    assert!(codes > 900, "only {codes} codes were compared");
+    assert!(codes > enough, "only {codes} codes were compared");
 }

@@ -259,8 +259,10 @@ fn load_half<const AT: usize>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
 
 /// The sign bits of all bytes.
 fn move_mask(m: Mnemonic, shape: Shape, vex: bool, wide: bool) -> Option<Handler> {
-    let mine = matches!(m, Mnemonic::Pmovmskb | Mnemonic::Vpmovmskb) && shape == Shape::ToGpr;
-    mine.then(|| -> Handler { form!(vex, wide, pmovmskb) })
+    if !matches!(m, Mnemonic::Pmovmskb | Mnemonic::Vpmovmskb) || shape != Shape::ToGpr {
+        return None;
+    }
+    Some(form!(vex, wide, pmovmskb))
 }
 
 fn pmovmskb<const VEX: bool, const WIDE: bool>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
