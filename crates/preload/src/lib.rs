@@ -24,7 +24,8 @@
 //! - **A VM belongs to one process.** In forked children its ioctls are EIO, and a vfork child
 //!   cannot close what is its parent's ([`process`]).
 //! - **System calls are rationed.** VMMs put seccomp filters on vCPU threads, so KVM_RUN and its
-//!   return by a signal need nothing but futex and rt_sigreturn.
+//!   return by a signal need little more than futex and rt_sigreturn, and memory comes from a heap
+//!   of the library's own that grows by mmap alone ([`heap`]).
 //! - **A panic stops here.** It becomes EIO for the ioctl it happened in.
 //!
 //! The life of one KVM_RUN through this library: `ioctl` sees the type byte 0xae and announces to
@@ -39,6 +40,7 @@
 
 mod device;
 mod files;
+mod heap;
 pub mod interpose;
 mod ioctl;
 mod next;
@@ -46,3 +48,7 @@ mod process;
 mod signals;
 mod sys;
 mod user_memory;
+
+/// All of this library's memory.
+#[global_allocator]
+static HEAP: heap::Heap = heap::Heap;

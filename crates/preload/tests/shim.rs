@@ -122,3 +122,13 @@ fn kicks() {
 fn guest_memory() {
     run("guest_memory");
 }
+
+#[test]
+fn pointers_and_unknown_ioctls() {
+    run("pointers");
+}
+
+#[test]
+fn seccomp() {
+    run("seccomp");
+}
