@@ -4,6 +4,7 @@
 //! says that the instruction is not of that family. Native assist is the last: it takes every
 //! user-mode instruction that no family has.
 
+mod absent;
 mod arith;
 mod bcd;
 mod bits;
@@ -54,6 +55,7 @@ const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
     xsave::select,
     cache::select,
     bmi::select,
+    absent::select,
 ];
 
 /// The function that executes an instruction; `None` if none does.

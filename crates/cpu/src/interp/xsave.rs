@@ -7,6 +7,7 @@ use iced_x86::Mnemonic;
 
 use super::simd::{MXCSR_MASK, xcr0};
 use crate::cpu::Cpu;
+use crate::cpuid::feature;
 use crate::decode::{Handler, Insn};
 use crate::events::vector;
 use crate::exit::Stop;
@@ -204,7 +205,8 @@ fn xsaves(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
 
 /// #UD, #NM, #GP of all of them; the requested-feature bitmap.
 fn begin(cpu: &mut Cpu, insn: &Insn, supervisor: bool) -> Result<u64, Stop> {
-    if cpu.state.cr4 & cr4::OSXSAVE == 0 {
+    let offered = !supervisor || cpu.cpuid.has(feature::XSAVES);
+    if cpu.state.cr4 & cr4::OSXSAVE == 0 || !offered {
         return Err(cpu.ud());
     }
     if cpu.state.cr0 & cr0::TS != 0 {
