@@ -1,0 +1,277 @@
+//! The machine: a VM with its memory, interrupt controllers, devices and processors, each processor on
+//! a thread of its own.
+
+use std::io;
+use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+
+use anykvm::{Cap, IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
+use anykvm_abi::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use super::bus::{Bus, Effect, Stop};
+use super::console::Console;
+use super::error::BootError;
+use super::interrupt::InterruptLine;
+use super::memory::MemorySize;
+use super::stats::Meter;
+use super::virtio::block::Block;
+use super::virtio::mmio::Transport;
+use super::{acpi, boot_params, cpu, kernel, layout, memory};
+
+/// All the BIOS there is: `mov al, 0xfe; out 0x64, al; hlt`, the keyboard controller's reset.
+const RESET_CODE: [u8; 5] = [
+    0xb0,
+    layout::I8042_RESET,
+    0xe6,
+    layout::I8042_COMMAND as u8,
+    0xf4,
+];
+
+/// What the machine is made of.
+pub struct Config {
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    pub command_line: String,
+    pub memory: MemorySize,
+    pub cpus: u8,
+    pub disks: Vec<PathBuf>,
+}
+
+/// A machine that is ready to run.
+pub struct Machine {
+    shared: Arc<Shared>,
+    vcpus: Vec<VcpuFd>,
+    stops: Receiver<Stop>,
+}
+
+/// What the processors' threads share. The guest's memory is among it, so it stays mapped as long as
+/// any of them may run.
+struct Shared {
+    vm: VmFd,
+    bus: Bus,
+    meter: OnceLock<Meter>,
+    stop: Sender<Stop>,
+    _memory: Arc<GuestMemoryMmap<()>>,
+}
+
+impl Machine {
+    /// Makes everything and loads the kernel. Files are looked at before the VM exists.
+    pub fn new(config: &Config) -> Result<Self, BootError> {
+        let guest = Arc::new(memory::allocate(config.memory)?);
+        let loaded = kernel::load(&guest, &config.kernel)?;
+        let initrd = config
+            .initrd
+            .as_deref()
+            .map(|path| kernel::load_initrd(&guest, path, &loaded))
+            .transpose()?;
+        boot_params::write(
+            &guest,
+            config.memory.0,
+            &loaded,
+            initrd,
+            &config.command_line,
+        )?;
+        let disks: Vec<Block> = config
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, path)| Block::open(path, index))
+            .collect::<Result<_, _>>()?;
+        let tables = acpi::tables(layout::ACPI_TABLES, config.cpus, disks.len());
+        guest
+            .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
+            .map_err(|error| BootError::Memory(error.to_string()))?;
+
+        guest
+            .write_slice(&RESET_CODE, GuestAddress(layout::RESET_VECTOR))
+            .map_err(|error| BootError::Memory(error.to_string()))?;
+
+        let kvm = Kvm::new().map_err(BootError::host("cannot open KVM"))?;
+        if usize::from(config.cpus) > kvm.get_max_vcpus() {
+            return Err(BootError::Cpus(format!(
+                "{} are too many, the limit is {}",
+                config.cpus,
+                kvm.get_max_vcpus()
+            )));
+        }
+        let vm = create_vm(&kvm)?;
+        memory::register(&vm, &guest)?;
+        let console = Console::new(InterruptLine::new(&vm, layout::SERIAL_GSI)?);
+        let disks = disks
+            .into_iter()
+            .enumerate()
+            .map(|(index, block)| add_disk(&vm, &guest, index, block))
+            .collect::<Result<_, _>>()?;
+
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        let mut vcpus = Vec::new();
+        for id in 0..config.cpus {
+            let vcpu = vm
+                .create_vcpu(u64::from(id))
+                .map_err(BootError::host("cannot create a processor"))?;
+            cpu::set_cpuid(&kvm, &vcpu, id, config.cpus, tsc_deadline)?;
+            cpu::set_msrs(&vcpu)?;
+            if id == 0 {
+                cpu::set_entry(&vcpu, &guest, loaded.entry)?;
+            }
+            vcpus.push(vcpu);
+        }
+        let (stop, stops) = mpsc::channel();
+        Ok(Self {
+            shared: Arc::new(Shared {
+                vm,
+                bus: Bus { console, disks },
+                meter: OnceLock::new(),
+                stop,
+                _memory: guest,
+            }),
+            vcpus,
+            stops,
+        })
+    }
+
+    /// Runs until the machine stops. The processors' threads end with the process.
+    pub fn run(self) -> Result<(Stop, Report), BootError> {
+        let Self {
+            shared,
+            vcpus,
+            stops,
+        } = self;
+        let meter = shared.meter.get_or_init(Meter::start);
+        let failed = BootError::host("cannot start a thread");
+        let spawned = spawn_all(&shared, vcpus);
+        spawned.map_err(failed)?;
+        let stop = stops
+            .recv()
+            .unwrap_or_else(|_| Stop::Failed("every processor is gone".to_owned()));
+        let report = Report(meter.report(&shared.vm));
+        Ok((stop, report))
+    }
+}
+
+/// The lines that `--stats` prints.
+pub struct Report(pub String);
+
+fn spawn_all(shared: &Arc<Shared>, vcpus: Vec<VcpuFd>) -> io::Result<()> {
+    for (index, disk) in shared.bus.disks.iter().enumerate() {
+        let disk = Arc::clone(disk);
+        thread::Builder::new()
+            .name(format!("disk{index}"))
+            .spawn(move || disk.serve_bell())?;
+    }
+    let console = Arc::clone(shared);
+    thread::Builder::new()
+        .name("console".to_owned())
+        .spawn(move || {
+            console.bus.console.feed(|| {
+                let _ = console.stop.send(Stop::Quit);
+            });
+        })?;
+    for (id, vcpu) in vcpus.into_iter().enumerate() {
+        let shared = Arc::clone(shared);
+        thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(move || {
+                let stop = std::panic::catch_unwind(AssertUnwindSafe(|| shared.run_vcpu(id, vcpu)))
+                    .unwrap_or_else(|_| {
+                        Stop::Failed(format!("internal error: the thread of vCPU {id} panicked"))
+                    });
+                // Nobody listens any more when the machine has been stopped already.
+                let _ = shared.stop.send(stop);
+            })?;
+    }
+    Ok(())
+}
+
+impl Shared {
+    /// Runs a processor until something stops the machine.
+    fn run_vcpu(&self, id: usize, mut vcpu: VcpuFd) -> Stop {
+        loop {
+            let effect = match vcpu.run() {
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    self.bus.read_port(port, data);
+                    Effect::None
+                }
+                Ok(VcpuExit::IoOut(port, data)) => self.bus.write_port(port, data),
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    self.bus.read_memory(address, data);
+                    Effect::None
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => self.bus.write_memory(address, data),
+                Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => Effect::None,
+                Ok(VcpuExit::Shutdown) => {
+                    Effect::Stop(Stop::Failed(format!("triple fault on vCPU {id}")))
+                }
+                Ok(VcpuExit::InternalError) => {
+                    Effect::Stop(Stop::Failed(format!("internal error of KVM on vCPU {id}")))
+                }
+                Ok(VcpuExit::FailEntry(reason, _)) => Effect::Stop(Stop::Failed(format!(
+                    "vCPU {id} cannot be entered, reason {reason:#x}"
+                ))),
+                Ok(exit) => Effect::Stop(Stop::Failed(format!(
+                    "exit on vCPU {id} that this machine does not know: {exit:?}"
+                ))),
+                // EAGAIN: a processor that waited for its SIPI has been woken.
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Effect::None,
+                Err(error) => Effect::Stop(Stop::Failed(format!("KVM_RUN on vCPU {id}: {error}"))),
+            };
+            match effect {
+                Effect::None => {}
+                Effect::BootMark => {
+                    if let Some(meter) = self.meter.get() {
+                        meter.mark(&self.vm);
+                    }
+                }
+                Effect::Stop(stop) => return stop,
+            }
+        }
+    }
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd, BootError> {
+    let vm = kvm
+        .create_vm()
+        .map_err(BootError::host("cannot create a VM"))?;
+    vm.set_identity_map_address(layout::IDENTITY_MAP)
+        .map_err(BootError::host("cannot set the identity map's address"))?;
+    vm.set_tss_address(layout::TSS)
+        .map_err(BootError::host("cannot set the TSS address"))?;
+    vm.create_irq_chip()
+        .map_err(BootError::host("cannot create the interrupt controllers"))?;
+    vm.create_pit2(kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    })
+    .map_err(BootError::host("cannot create the timer"))?;
+    Ok(vm)
+}
+
+/// Puts a disk behind window `index`: its bell is an ioeventfd, its interrupt an irqfd.
+fn add_disk(
+    vm: &VmFd,
+    guest: &Arc<GuestMemoryMmap<()>>,
+    index: usize,
+    block: Block,
+) -> Result<Arc<Transport>, BootError> {
+    let bell = EventFd::new(EFD_CLOEXEC).map_err(BootError::host("cannot create an eventfd"))?;
+    let window = layout::VIRTIO_MMIO + index as u64 * layout::VIRTIO_MMIO_SIZE;
+    vm.register_ioevent(
+        &bell,
+        &IoEventAddress::Mmio(window + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY)),
+        0_u32,
+    )
+    .map_err(BootError::host("cannot register an ioeventfd"))?;
+    let line = InterruptLine::new(vm, layout::VIRTIO_FIRST_GSI + index as u32)?;
+    Ok(Arc::new(Transport::new(
+        block,
+        Arc::clone(guest),
+        line,
+        bell,
+    )))
+}
