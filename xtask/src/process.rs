@@ -23,6 +23,17 @@ pub struct Outcome {
 /// Runs `command` to its end, which must come within `limit`. Everything it prints goes to `log`.
 /// A program that prints one of `fatal` is ended at once: it would only sit there.
 pub fn run(command: &mut Command, log: &Path, limit: Duration, fatal: &[&str]) -> Result<Outcome> {
+    converse(command, log, limit, fatal, &[])
+}
+
+/// The same, and types: each text once the program has printed the words before it.
+pub fn converse(
+    command: &mut Command,
+    log: &Path,
+    limit: Duration,
+    fatal: &[&str],
+    typed: &[(&str, &str)],
+) -> Result<Outcome> {
     let (mut reader, writer) = std::io::pipe().context("cannot create a pipe")?;
     if let Some(folder) = log.parent() {
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
@@ -33,7 +44,11 @@ pub fn run(command: &mut Command, log: &Path, limit: Duration, fatal: &[&str]) -
     let before = children_time();
     let start = Instant::now();
     let mut child = command
-        .stdin(Stdio::null())
+        .stdin(if typed.is_empty() {
+            Stdio::null()
+        } else {
+            Stdio::piped()
+        })
         .stdout(writer.try_clone()?)
         .stderr(writer)
         .spawn()
@@ -54,6 +69,10 @@ pub fn run(command: &mut Command, log: &Path, limit: Duration, fatal: &[&str]) -
         })
     };
 
+    let mut keyboard = child.stdin.take();
+    let mut typed = typed.iter();
+    let mut next = typed.next();
+    let mut answered = 0;
     let mut trouble = None;
     let mut searched = 0;
     let status = loop {
@@ -69,6 +88,15 @@ pub fn run(command: &mut Command, log: &Path, limit: Duration, fatal: &[&str]) -
             }
             // A word may have come in part.
             searched = output.len().saturating_sub(64);
+            if let Some((words, text)) = next
+                && let Some(at) = position(&output[answered..], words)
+                && let Some(keyboard) = &mut keyboard
+            {
+                answered += at + words.len();
+                // A program that does not read any more is about to end, or its limit will tell.
+                let _ = keyboard.write_all(text.as_bytes());
+                next = typed.next();
+            }
         }
         if trouble.is_some() {
             // What follows a panic message is worth having.
@@ -98,11 +126,16 @@ pub fn run(command: &mut Command, log: &Path, limit: Duration, fatal: &[&str]) -
 }
 
 fn find<'a>(output: &[u8], words: &[&'a str]) -> Option<&'a str> {
-    words.iter().copied().find(|word| {
-        output
-            .windows(word.len())
-            .any(|window| window == word.as_bytes())
-    })
+    words
+        .iter()
+        .copied()
+        .find(|word| position(output, word).is_some())
+}
+
+fn position(output: &[u8], word: &str) -> Option<usize> {
+    output
+        .windows(word.len())
+        .position(|window| window == word.as_bytes())
 }
 
 /// User and system time of all children that have been waited for (proc(5), stat, fields 16 and 17).
@@ -138,6 +171,20 @@ mod tests {
         assert_eq!(outcome.status.code(), Some(3));
         assert_eq!(outcome.output, "one\ntwo\n");
         assert!(fs::read_to_string(&log).unwrap().ends_with("one\ntwo\n"));
+        fs::remove_file(&log).unwrap();
+    }
+
+    #[test]
+    fn answers_follow_their_questions() {
+        let log = log("typed");
+        let mut command = Command::new("sh");
+        command.args([
+            "-c",
+            "echo 'name?'; read a; echo 'age?'; read b; echo $a=$b",
+        ]);
+        let typed = [("name?", "x\n"), ("age?", "7\n")];
+        let outcome = converse(&mut command, &log, Duration::from_secs(10), &[], &typed).unwrap();
+        assert!(outcome.output.ends_with("x=7\n"), "{}", outcome.output);
         fs::remove_file(&log).unwrap();
     }
 

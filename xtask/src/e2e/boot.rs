@@ -21,6 +21,8 @@ pub fn tests() -> Vec<Test> {
         test("boot-vmlinux", 1, |bench, test| check(bench, test, true)),
         test("boot-cpus2", 2, |bench, test| check(bench, test, false)),
         test("boot-disk", 1, disk),
+        test("boot-shell", 1, shell),
+        test("boot-terminal", 1, terminal),
     ]
 }
 
@@ -104,6 +106,54 @@ fn disk(bench: &Bench, test: &Test) -> Result<()> {
     }
     require_disk(&image, &sums[0])?;
     fs::remove_file(&image).with_context(|| image.display().to_string())
+}
+
+/// What the guest's init says before its shell.
+const SHELL: &str = "A shell on the serial console";
+
+/// Commands typed at the guest's shell, standard input being a pipe.
+fn shell(bench: &Bench, test: &Test) -> Result<()> {
+    let mut command = command(bench, &bench.guest().kernel, test, "");
+    let typed = [
+        (SHELL, "echo product=$((6*7))\n"),
+        ("product=42", "poweroff -f\n"),
+    ];
+    let log = bench.log(test);
+    let outcome = process::converse(&mut command, &log, test.limit, FATAL, &typed)?;
+    require_end(&outcome.output, "the guest powered off")
+}
+
+/// On a terminal (that of script(1)): left by the escape key and by a signal, the terminal's modes are
+/// as they were before.
+fn terminal(bench: &Bench, test: &Test) -> Result<()> {
+    let boot = format!("{:?}", command(bench, &bench.guest().kernel, test, ""));
+    for (part, leave, end) in [
+        ("key", "", "ended from the keyboard"),
+        // SIGTERM to the monitor, the parent of the shell that finds it
+        (
+            "signal",
+            "(sleep 8; pkill -TERM -P $$ anykvm) & ",
+            "Terminated",
+        ),
+    ] {
+        let script = format!("echo modes=$(stty -g); {leave}{boot}; echo modes=$(stty -g)");
+        let mut command = Command::new("script");
+        command.args(["-qec", &script, "/dev/null"]);
+        let typed = [(SHELL, if leave.is_empty() { "\x01x" } else { "" })];
+        let log = bench.log(test).with_extension(format!("{part}.log"));
+        let outcome = process::converse(&mut command, &log, test.limit, FATAL, &typed)
+            .with_context(|| format!("{part}, see {}", log.display()))?;
+        let modes: Vec<_> = outcome
+            .output
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("modes="))
+            .collect();
+        if modes.len() != 2 || modes[0] != modes[1] {
+            bail!("{part}: the terminal's modes before and after: {modes:?}");
+        }
+        require_end(&outcome.output, end)?;
+    }
+    Ok(())
 }
 
 fn require_end(output: &str, end: &str) -> Result<()> {

@@ -131,7 +131,7 @@ pub fn set_msrs(vcpu: &VcpuFd) -> Result<(), BootError> {
     if done != entries.len() {
         return Err(BootError::Host {
             what: "cannot set MSRs",
-            error: std::io::Error::other(format!("MSR {:#x} is refused", entries[done].index)),
+            error: format!("MSR {:#x} is refused", entries[done].index),
         });
     }
     Ok(())

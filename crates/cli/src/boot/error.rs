@@ -1,6 +1,6 @@
 //! Why a machine could not be started: one line each, naming the file where there is one.
 
-use std::io;
+use std::fmt::Display;
 use std::path::PathBuf;
 
 /// A reason not to start. All of them are the caller's to mend and end with exit code 2, except those
@@ -20,10 +20,7 @@ pub enum BootError {
     #[error("--append: {0}")]
     CommandLine(String),
     #[error("{what}: {error}")]
-    Host {
-        what: &'static str,
-        error: io::Error,
-    },
+    Host { what: &'static str, error: String },
 }
 
 impl BootError {
@@ -33,10 +30,10 @@ impl BootError {
     }
 
     /// For `map_err` on a call to the host or to KVM.
-    pub fn host<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+    pub fn host<E: Display>(what: &'static str) -> impl FnOnce(E) -> Self {
         move |error| Self::Host {
             what,
-            error: error.into(),
+            error: error.to_string(),
         }
     }
 }
