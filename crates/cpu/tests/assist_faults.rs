@@ -281,3 +281,82 @@ fn a_gather_goes_on_after_a_fault() {
     );
     assert_eq!(words(x, index + 16), [0; 4]);
 }
+
+#[test]
+fn real_mode_environments_hold_linear_addresses() {
+    let mut c = Computer::real(1 << 20, 0x1000);
+    // CS = 0x0100, so IP 0; DS = 0x8000.
+    let s = &mut c.cpu.state;
+    s.seg[1].selector = 0x100;
+    s.seg[1].base = 0x1000;
+    s.seg[3].selector = 0x8000;
+    s.seg[3].base = 0x8_0000;
+    s.set_rip(0);
+    c.cpu.state_changed();
+    // fninit; fld dword [0x20]; fnstenv [0x40] in 16-bit form; then in 32-bit form at 0x60; hlt.
+    let code = [
+        0xdb, 0xe3, 0xd9, 0x06, 0x20, 0x00, 0xd9, 0x36, 0x40, 0x00, 0x66, 0xd9, 0x36, 0x60, 0x00,
+        0xf4,
+    ];
+    c.put(CODE, &code);
+    assert_eq!(c.run(), Exit::Hlt);
+    let word = |c: &Computer, at: u64| c.get64(DATA + at) & 0xffff;
+    // The instruction at 0x1002, its operand at 0x80020, opcode 0x106.
+    assert_eq!(word(&c, 0x40 + 6), 0x1002);
+    assert_eq!(word(&c, 0x40 + 8), 0x0106);
+    assert_eq!(word(&c, 0x40 + 10), 0x0020);
+    assert_eq!(word(&c, 0x40 + 12), 0x8000);
+    assert_eq!(word(&c, 0x60 + 12), 0x1002);
+    assert_eq!(c.get64(DATA + 0x60 + 16) & 0xffff_ffff, 0x0106);
+    assert_eq!(word(&c, 0x60 + 20), 0x0020);
+    assert_eq!(c.get64(DATA + 0x60 + 24) & 0xffff_ffff, 0x8000);
+    // One register in use, valid; all exceptions masked afterwards.
+    assert_eq!(word(&c, 0x40 + 4), 0x7fff);
+}
+
+#[test]
+fn random_numbers_come_from_the_host() {
+    if !std::is_x86_feature_detected!("rdrand") {
+        return;
+    }
+    let mut c = computer();
+    // rdrand rbx; setc al: CF says there was one.
+    assert_eq!(
+        raised(&mut c, &[0x48, 0x0f, 0xc7, 0xf3, 0x0f, 0x92, 0xc0]),
+        None
+    );
+    assert_eq!(c.reg(reg::RAX) & 1, 1);
+    assert_ne!(c.reg(reg::RBX), 0);
+}
+
+#[test]
+fn masked_byte_stores() {
+    let mut c = computer();
+    c.cpu.state.regs[reg::RDI] = DATA + 0x100;
+    c.put64(DATA + 0x100, u64::MAX);
+    c.put64(DATA + 0x108, u64::MAX);
+    c.cpu
+        .state
+        .xsave
+        .set_u64(XsaveArea::XMM, 0x8877_6655_4433_2211);
+    c.cpu.state.xsave.set_u64(XsaveArea::XMM + 8, 0);
+    c.cpu
+        .state
+        .xsave
+        .set_u64(XsaveArea::XMM + 16, 0x8000_0000_0000_0080);
+    c.cpu.state.xsave.set_u64(XsaveArea::XMM + 24, 0x80);
+    // maskmovdqu xmm0, xmm1.
+    assert_eq!(raised(&mut c, &[0x66, 0x0f, 0xf7, 0xc1]), None);
+    assert_eq!(c.get64(DATA + 0x100), 0x88ff_ffff_ffff_ff11);
+    assert_eq!(c.get64(DATA + 0x108), 0xffff_ffff_ffff_ff00);
+    // movq mm0, [rsi]; movq mm1, [rsi+8]; maskmovq mm0, mm1; emms.
+    c.put64(DATA, 0x8877_6655_4433_2211);
+    c.put64(DATA + 8, 0x8000);
+    c.put64(DATA + 0x100, u64::MAX);
+    let code = [
+        0x0f, 0x6f, 0x06, 0x0f, 0x6f, 0x4e, 0x08, 0x0f, 0xf7, 0xc1, 0x0f, 0x77,
+    ];
+    assert_eq!(raised(&mut c, &code), None);
+    assert_eq!(c.get64(DATA + 0x100), 0xffff_ffff_ffff_22ff);
+    assert_eq!(c.cpu.state.xsave.0[4], 0, "EMMS leaves no register in use");
+}
