@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, EncodingKind, Mnemonic};
 
-use super::simd::MXCSR_MASK;
+use super::simd::{MXCSR_MASK, xcr0};
 use crate::assist::Class;
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
@@ -45,24 +45,23 @@ fn stmxcsr(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     cpu.write(insn, cpu.state.xsave.u32(XsaveArea::MXCSR))
 }
 
-/// Registers these instructions reach: eight outside 64-bit mode.
-fn registers(cpu: &Cpu) -> u8 {
-    if cpu.mode().code64() { 16 } else { 8 }
+/// Clears a component of sixteen registers, or outside 64-bit mode the eight that are there.
+fn clear(cpu: &mut Cpu, at: usize, size: usize) {
+    let reach = if cpu.mode().code64() { size } else { size / 2 };
+    cpu.state.xsave.0[at..at + reach].fill(0);
 }
 
 fn vzeroupper(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
     cpu.check_class(Class::Avx)?;
-    for n in 0..registers(cpu) {
-        let lo = cpu.xmm(n);
-        cpu.set_ymm(n, &lo, &[0; 16]);
+    clear(cpu, XsaveArea::YMM_HI, 256);
+    if cpu.state.xcr0 & xcr0::ZMM_HI256 != 0 {
+        clear(cpu, XsaveArea::ZMM_HI, 512);
     }
     Ok(())
 }
 
-fn vzeroall(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
-    cpu.check_class(Class::Avx)?;
-    for n in 0..registers(cpu) {
-        cpu.set_ymm(n, &[0; 16], &[0; 16]);
-    }
+fn vzeroall(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    vzeroupper(cpu, insn)?;
+    clear(cpu, XsaveArea::XMM, 256);
     Ok(())
 }
