@@ -161,19 +161,28 @@ impl Cpu {
     /// Delivers the pending or injected exception.
     fn deliver_exception(&mut self) -> Step {
         let vector = self.state.events.exception.vector;
+        self.trace_event(vector);
         let done = self.inject_exception();
         self.delivered(done, vector)
     }
     /// Delivers the injected NMI.
     fn deliver_nmi(&mut self) -> Step {
+        self.trace_event(vector::NMI);
         let done = self.inject_nmi();
         self.delivered(done, vector::NMI)
     }
     /// Delivers the injected interrupt.
     fn deliver_interrupt(&mut self) -> Step {
         let vector = self.state.events.interrupt.vector;
+        self.trace_event(vector);
         let done = self.inject_interrupt();
         self.delivered(done, vector)
+    }
+    fn trace_event(&mut self, vector: u8) {
+        if let Some(mut trace) = self.trace.take() {
+            let keep = trace.event(self, vector);
+            self.trace = keep.then_some(trace);
+        }
     }
     /// After a delivery, whichever way it went, events are looked at again.
     fn delivered(&mut self, done: Result<(), Stop>, vector: u8) -> Step {
@@ -193,7 +202,7 @@ impl Cpu {
             || self.state.events.shadow != 0
             || self.breakpoints_armed()
             || self.guest_debug.single_step
-            || self.trace.is_some()
+            || self.trace.as_ref().is_some_and(|t| t.wants_instructions())
     }
 
     /// Executes one instruction with instruction breakpoints, single-step, shadow and trace.
@@ -227,7 +236,7 @@ impl Cpu {
     }
 
     fn step_instruction(&mut self, insn: &Insn, rip: u64) -> Step {
-        if let Some(mut trace) = self.trace.take() {
+        if let Some(mut trace) = self.trace.take_if(|t| t.wants_instructions()) {
             let keep = trace.instruction(self, insn);
             self.trace = keep.then_some(trace);
         }

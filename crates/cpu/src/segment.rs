@@ -104,8 +104,10 @@ impl Cpu {
         for n in [seg::ES, seg::DS, seg::FS, seg::GS] {
             let s = &mut self.state.seg[usize::from(n)];
             let conforming = s.is_code() && s.kind() & 4 != 0;
-            if is_null(s.selector) || s.dpl() < cpl && !conforming && s.attr & Segment::S != 0 {
-                *s = null_segment(0);
+            // A null selector's register keeps its base: that is where 64-bit code has FS and GS.
+            if !is_null(s.selector) && s.dpl() < cpl && !conforming && s.attr & Segment::S != 0 {
+                s.selector = 0;
+                s.attr = Segment::UNUSABLE;
             }
         }
     }

@@ -1,6 +1,7 @@
-//! The instruction trace: `ANYKVM_TRACE=FILE[,vcpu=N][,skip=N][,count=N]`.
+//! The trace: `ANYKVM_TRACE=FILE[,vcpu=N][,skip=N][,count=N][,events]`.
 //!
-//! One line for each instruction, before it executes: number, RIP, mode, bytes, disassembly, and the
+//! With `events`, a line for each exception, NMI and interrupt that is delivered, at full speed. Else
+//! these and one line for each instruction, before it executes: number, RIP, mode, bytes, disassembly, and the
 //! registers that changed since the line before. `FILE` may be `-` for standard error. `vcpu` picks
 //! the processor by order of creation; `skip` instructions are executed first; after `count` lines
 //! the trace ends and execution goes on at full speed.
@@ -24,6 +25,7 @@ pub struct Trace {
     number: u64,
     last: Regs,
     last_flags: u64,
+    events_only: bool,
 }
 
 impl Trace {
@@ -43,8 +45,12 @@ impl Trace {
     fn parse(spec: &str, n: u32) -> Result<Option<Self>, String> {
         let mut parts = spec.split(',');
         let file = parts.next().unwrap_or("-");
-        let (mut skip, mut count) = (0, u64::MAX);
+        let (mut skip, mut count, mut events_only) = (0, u64::MAX, false);
         for part in parts {
+            if part == "events" {
+                events_only = true;
+                continue;
+            }
             let (key, value) = part.split_once('=').ok_or("expected key=value")?;
             let value: u64 = value.parse().map_err(|e| format!("{key}: {e}"))?;
             match key {
@@ -74,7 +80,42 @@ impl Trace {
             number: 0,
             last: Regs::default(),
             last_flags: 0,
+            events_only,
         }))
+    }
+
+    /// Whether instructions are traced, which then execute one by one.
+    pub(crate) fn wants_instructions(&self) -> bool {
+        !self.events_only
+    }
+
+    /// Writes the line of an event about to be delivered; false when the trace is at its end.
+    pub(crate) fn event(&mut self, cpu: &Cpu, vector: u8) -> bool {
+        if self.number < self.skip && !self.events_only {
+            return true;
+        }
+        let s = &cpu.state;
+        let e = &s.events.exception;
+        let what = if e.pending || e.injected {
+            format!(
+                "exception {vector} error {:x} payload {:x}",
+                e.error_code, e.payload
+            )
+        } else if s.events.nmi_injected {
+            "NMI".to_owned()
+        } else {
+            format!("interrupt {vector:#x}")
+        };
+        let rip = s.rip();
+        let mode = dump::mode_name(s);
+        let n = cpu.counters.instructions;
+        writeln!(
+            self.out,
+            "{n:>10} {rip:016x} {mode:<6} cpl {} -- {what}",
+            s.cpl()
+        )
+        .is_ok()
+            && self.out.flush().is_ok()
     }
 
     /// Writes the line of an instruction about to execute; false when the trace is at its end.
