@@ -6,7 +6,7 @@ use crate::cpu::Cpu;
 use crate::cpuid::feature;
 use crate::decode::Insn;
 use crate::exit::{Exit, Stop};
-use crate::state::{Segment, cr0, cr4, efer, reg, seg};
+use crate::state::{cr0, cr4, efer, reg, seg};
 use crate::width::Width;
 use iced_x86::{OpKind, Register};
 
@@ -342,19 +342,4 @@ pub fn xcr0_valid(value: u64, supported: u64) -> bool {
         && value & !supported == 0
         && (value & AVX == 0 || value & SSE != 0)
         && (value & AVX512 == 0 || value & AVX512 == AVX512 && value & AVX != 0)
-}
-
-/// Whether the code segment's L bit and the paging bits go together (used when state is set from
-/// outside): CR0, CR4 and EFER as VM entry checks them.
-pub fn control_registers_consistent(cr0: u64, cr4: u64, efer: u64, cs: &Segment) -> bool {
-    let paging = cr0 & cr0::PG != 0;
-    if cr0 >> 32 != 0 || paging && cr0 & cr0::PE == 0 || cr0 & (cr0::CD | cr0::NW) == cr0::NW {
-        return false;
-    }
-    let long = efer & efer::LME != 0 && paging;
-    if long {
-        cr4 & cr4::PAE != 0 && efer & efer::LMA != 0
-    } else {
-        efer & efer::LMA == 0 && !cs.long() && cr4 & cr4::PCIDE == 0
-    }
 }

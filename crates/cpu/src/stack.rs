@@ -2,11 +2,11 @@
 //! kept here and written back when everything has succeeded.
 
 use crate::cpu::Cpu;
+use crate::decode::SEG_FLAT_SS;
 use crate::descriptor::selector_error;
 use crate::events::vector;
 use crate::exit::Stop;
 use crate::memory::access::Ram;
-use crate::mmu::Access;
 use crate::state::{Segment, reg, seg};
 
 /// A stack segment and a pointer into it.
@@ -68,6 +68,8 @@ impl Stack {
         self.pointer = self.pointer.wrapping_add(bytes);
     }
 
+    /// The linear address of an item, whose limit check is done here: the access itself then goes
+    /// through the flat stack segment.
     fn linear(&self, cpu: &mut Cpu, offset: u64, size: usize) -> Result<u64, Stop> {
         if self.long {
             return Ok(offset);
@@ -88,8 +90,7 @@ impl Stack {
             self.canonical(cpu, linear)?;
             cpu.write_system(linear, value)?;
         } else {
-            let access = cpu.data_access(true);
-            cpu.write_slow(linear, value, access, true)?;
+            cpu.write_at(SEG_FLAT_SS, linear, value)?;
         }
         self.pointer = pointer;
         Ok(())
@@ -106,8 +107,7 @@ impl Stack {
     /// Pops a value.
     pub(crate) fn pop<T: Ram>(&mut self, cpu: &mut Cpu) -> Result<u64, Stop> {
         let linear = self.linear(cpu, self.pointer & self.mask, T::BYTES)?;
-        let access: Access = cpu.data_access(false);
-        let value = cpu.read_slow::<T>(linear, access, true)?;
+        let value = cpu.read_at::<T>(SEG_FLAT_SS, linear)?;
         self.pointer = self.pointer.wrapping_add(T::BYTES as u64);
         Ok(value.to_u64())
     }

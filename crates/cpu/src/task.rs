@@ -249,7 +249,7 @@ impl Cpu {
             }
         }
         self.state.cr3 = cr3;
-        self.tlb.switch(0, false);
+        self.address_space_changed(false);
         Ok(())
     }
 

@@ -337,6 +337,9 @@ impl Machine for VcpuMachine {
         }
         self.msr_result(msr::write(self, state, index, value, Access::Guest))
     }
+    fn msr_refused(&self, _: u32, _: bool) -> MsrResult<()> {
+        self.msr_result(Err(MsrError::Invalid))
+    }
     fn msr_filter(&self, index: u32, write: bool) -> MsrResult<()> {
         if self.vm.msr_allowed(index, write) {
             MsrResult::Done(())
