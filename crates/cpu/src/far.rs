@@ -241,7 +241,7 @@ impl Cpu {
         self.update_mode();
     }
 
-    /// Loads CS, RIP, SS and RSP on a return to an outer level.
+    /// Loads CS, RIP, SS and RSP on a return to an outer level (or, from 64-bit code, to the same).
     pub(crate) fn enter_outer(
         &mut self,
         mut cs: Descriptor,
@@ -252,10 +252,13 @@ impl Cpu {
     ) -> Result<(), Stop> {
         let rip = self.checked_rip(&cs, rip)?;
         self.set_accessed(&mut cs)?;
+        let outer = cpl > self.state.cpl();
         self.set_stack(ss, rsp, self.state.long_mode() && cs.long());
         self.set_code(&cs, cpl, rip);
-        self.drop_privileged_segments(cpl);
-        self.update_mode();
+        if outer {
+            self.drop_privileged_segments(cpl);
+            self.update_mode();
+        }
         Ok(())
     }
 

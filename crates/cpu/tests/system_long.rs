@@ -7,7 +7,7 @@ use anykvm_cpu::Exit;
 use anykvm_cpu::events::vector::{DF, GP, SS, UD};
 use anykvm_cpu::memory::MemoryMap;
 use anykvm_cpu::msr::index as msr;
-use anykvm_cpu::state::{cr0, cr4, efer, reg, rflags, seg};
+use anykvm_cpu::state::{Segment, cr0, cr4, efer, reg, rflags, seg};
 use harness::Computer;
 use harness::tables::*;
 
@@ -55,6 +55,32 @@ fn fault_at_level_0() {
     assert_eq!(c.run(), Exit::Hlt);
     assert_eq!(c.cpu.state.rip(), CODE + 3);
     assert_eq!(c.reg(reg::RSP), 0xa00b);
+}
+
+/// FS and GS with null selectors keep their bases through IRETQ, to the same and to an outer level.
+#[test]
+fn bases_survive_iretq() {
+    for (cs, ss) in [(CODE0, 0), (CODE3, DATA3)] {
+        let mut c = run_bytes(&[0x48, 0xcf]);
+        for (n, v) in [CODE + 0x100, cs.into(), 2, 0x9000, ss.into()]
+            .into_iter()
+            .enumerate()
+        {
+            c.put64(0xa000 + n as u64 * 8, v);
+        }
+        for n in [seg::FS, seg::GS] {
+            let s = &mut c.cpu.state.seg[usize::from(n)];
+            *s = Segment {
+                base: 0x1234,
+                attr: Segment::UNUSABLE,
+                ..Segment::default()
+            };
+        }
+        c.put(CODE + 0x100, &[0xf4]);
+        assert_eq!(c.run(), Exit::Hlt);
+        assert_eq!(c.cpu.state.seg[usize::from(seg::GS)].base, 0x1234);
+        assert_eq!(c.cpu.state.seg[usize::from(seg::FS)].base, 0x1234);
+    }
 }
 
 /// The interrupt stack table, and a non-canonical stack pointer: #SS, so #DF (on IST 1).
