@@ -33,8 +33,10 @@ pub struct System {
 }
 
 impl System {
-    /// Opens it.
+    /// Opens it. The host's clocks are measured now, once a process: later the program may have
+    /// put a seccomp filter on itself.
     pub fn new() -> Result<Arc<Self>> {
+        crate::clock::host();
         Ok(Arc::new(Self {
             fd: memfd("kvm", 0)?,
         }))

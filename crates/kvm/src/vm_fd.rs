@@ -55,26 +55,14 @@ pub enum MsrFilterDefaultAction {
     DENY = KVM_MSR_FILTER_DEFAULT_DENY,
 }
 
-/// Which accesses a range of an MSR filter is about; combined with `|`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MsrFilterRangeFlags(u32);
-
-impl MsrFilterRangeFlags {
-    /// RDMSR.
-    pub const READ: Self = Self(KVM_MSR_FILTER_READ);
-    /// WRMSR.
-    pub const WRITE: Self = Self(KVM_MSR_FILTER_WRITE);
-
-    /// As `KVM_MSR_FILTER_*`.
-    pub fn bits(self) -> u32 {
-        self.0
-    }
-}
-
-impl std::ops::BitOr for MsrFilterRangeFlags {
-    type Output = Self;
-    fn bitor(self, other: Self) -> Self {
-        Self(self.0 | other.0)
+bitflags::bitflags! {
+    /// Which accesses a range of an MSR filter is about.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct MsrFilterRangeFlags: u32 {
+        /// RDMSR.
+        const READ = KVM_MSR_FILTER_READ;
+        /// WRMSR.
+        const WRITE = KVM_MSR_FILTER_WRITE;
     }
 }
 

@@ -1,0 +1,154 @@
+//! Interrupts that reach a halted guest.
+
+use std::time::Duration;
+
+use anykvm::bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
+use anykvm::{VcpuExit, VcpuFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::Guest;
+
+/// Where the interrupt handlers are.
+const HANDLER: usize = 0x2000;
+
+impl Guest {
+    /// A handler for this vector that writes it to port 0xe9, then this code, then IRET.
+    fn handler(&self, vector: u8, code: &[u8]) {
+        let at = HANDLER + usize::from(vector) * 64;
+        self.ram.write(usize::from(vector) * 4, at as u32);
+        let mut handler = vec![0x50, 0xb0, vector, 0xe6, 0xe9]; // push ax; mov al, VECTOR; out 0xe9, al
+        handler.extend_from_slice(code);
+        handler.extend_from_slice(&[0x58, 0xcf]); // pop ax; iret
+        self.ram.write_bytes(at, &handler);
+    }
+}
+
+/// The PIC pair as a PC sets it up, vectors from 0x20, only these inputs of the master open.
+fn set_up_pic(open: u8) -> Vec<u8> {
+    let writes = [
+        (0x20u8, 0x11u8),
+        (0x21, 0x20),
+        (0x21, 4),
+        (0x21, 1),
+        (0x21, !open),
+    ];
+    writes
+        .iter()
+        .flat_map(|(port, value)| [0xb0, *value, 0xe6, *port])
+        .collect()
+}
+
+/// sti; again: hlt; jmp again
+const WAIT: [u8; 4] = [0xfb, 0xf4, 0xeb, 0xfd];
+/// mov al, 0x20; out 0x20, al
+const PIC_EOI: [u8; 4] = [0xb0, 0x20, 0xe6, 0x20];
+
+/// Runs until a handler reports, and returns its vector.
+fn vector(vcpu: &mut VcpuFd) -> u8 {
+    match vcpu.run().unwrap() {
+        VcpuExit::IoOut(0xe9, [vector]) => *vector,
+        exit => panic!("{exit:?}"),
+    }
+}
+
+#[test]
+fn irqfd_wakes_a_halted_vcpu() {
+    let guest = Guest::new();
+    guest.vm.create_irq_chip().unwrap();
+    guest.handler(0x23, &PIC_EOI);
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    guest.vm.register_irqfd(&event, 3).unwrap();
+    let mut vcpu = guest.vcpu(&[set_up_pic(1 << 3), WAIT.to_vec()].concat());
+    let signaller = std::thread::spawn(move || {
+        for _ in 0..20 {
+            std::thread::sleep(Duration::from_millis(5));
+            event.write(1).unwrap();
+        }
+    });
+    for _ in 0..20 {
+        assert_eq!(vector(&mut vcpu), 0x23);
+    }
+    signaller.join().unwrap();
+}
+
+/// A level-triggered line stays up through EOIs until the device, told by the resample eventfd, is
+/// content: as often as it signals again the guest is interrupted again.
+#[test]
+fn resample_interrupts_as_long_as_the_device_wants() {
+    let guest = Guest::new();
+    guest.vm.create_irq_chip().unwrap();
+    guest.handler(0x23, &PIC_EOI);
+    let (event, resample) = (
+        EventFd::new(EFD_NONBLOCK).unwrap(),
+        EventFd::new(0).unwrap(),
+    );
+    guest
+        .vm
+        .register_irqfd_with_resample(&event, &resample, 3)
+        .unwrap();
+    let level = [0xba, 0xd0, 0x04, 0xb0, 0x08, 0xee]; // mov dx, 0x4d0; mov al, 8; out dx, al
+    let mut vcpu = guest.vcpu(&[set_up_pic(1 << 3), level.to_vec(), WAIT.to_vec()].concat());
+    let device = std::thread::spawn(move || {
+        event.write(1).unwrap();
+        for _ in 0..10 {
+            assert_eq!(resample.read().unwrap(), 1);
+            event.write(1).unwrap();
+        }
+    });
+    for _ in 0..11 {
+        assert_eq!(vector(&mut vcpu), 0x23);
+    }
+    device.join().unwrap();
+}
+
+#[test]
+fn the_pit_interrupts() {
+    let guest = Guest::new();
+    guest.vm.create_irq_chip().unwrap();
+    guest.vm.create_pit2(Default::default()).unwrap();
+    guest.handler(0x20, &PIC_EOI);
+    // Channel 0, rate generator, 11932 counts: 10 ms.
+    let pit = [
+        0xb0, 0x34, 0xe6, 0x43, 0xb0, 0x9c, 0xe6, 0x40, 0xb0, 0x2e, 0xe6, 0x40,
+    ];
+    let mut vcpu = guest.vcpu(&[set_up_pic(1), pit.to_vec(), WAIT.to_vec()].concat());
+    let start = std::time::Instant::now();
+    for _ in 0..10 {
+        assert_eq!(vector(&mut vcpu), 0x20);
+    }
+    assert!(
+        start.elapsed() >= Duration::from_millis(90),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+/// Split irqchip: an MSI goes straight to the local APIC.
+#[test]
+fn msi_with_a_split_irqchip() {
+    let guest = Guest::new();
+    let split = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        args: [24, 0, 0, 0],
+        ..Default::default()
+    };
+    guest.vm.enable_cap(&split).unwrap();
+    // mov dword [0xb0], 0: EOI, DS being the APIC page.
+    guest.handler(0x41, &[0x66, 0xc7, 0x06, 0xb0, 0x00, 0, 0, 0, 0]);
+    let enable = [0x66, 0xc7, 0x06, 0xf0, 0x00, 0xff, 0x01, 0, 0]; // mov dword [0xf0], 0x1ff: SVR
+    let ready = [0xe6, 0xe8]; // out 0xe8, al
+    let mut vcpu = guest.vcpu(&[&enable[..], &ready, &WAIT].concat());
+    let mut sregs = vcpu.get_sregs().unwrap();
+    sregs.ds.base = 0xfee0_0000;
+    vcpu.set_sregs(&sregs).unwrap();
+    assert!(matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0xe8, _)));
+    let msi = kvm_msi {
+        address_lo: 0xfee0_0000,
+        data: 0x41,
+        ..Default::default()
+    };
+    for _ in 0..3 {
+        assert_eq!(guest.vm.signal_msi(msi), Ok(1));
+        assert_eq!(vector(&mut vcpu), 0x41);
+    }
+}
