@@ -40,8 +40,14 @@ fn set_up_pic(open: u8) -> Vec<u8> {
 
 /// sti; again: hlt; jmp again
 const WAIT: [u8; 4] = [0xfb, 0xf4, 0xeb, 0xfd];
+/// out 0xe8, al: the controllers are set up.
+const READY: [u8; 2] = [0xe6, 0xe8];
 /// mov al, 0x20; out 0x20, al
 const PIC_EOI: [u8; 4] = [0xb0, 0x20, 0xe6, 0x20];
+
+fn until_ready(vcpu: &mut VcpuFd) {
+    assert!(matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0xe8, _)));
+}
 
 /// Runs until a handler reports, and returns its vector.
 fn vector(vcpu: &mut VcpuFd) -> u8 {
@@ -58,17 +64,17 @@ fn irqfd_wakes_a_halted_vcpu() {
     guest.handler(0x23, &PIC_EOI);
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
     guest.vm.register_irqfd(&event, 3).unwrap();
-    let mut vcpu = guest.vcpu(&[set_up_pic(1 << 3), WAIT.to_vec()].concat());
-    let signaller = std::thread::spawn(move || {
-        for _ in 0..20 {
-            std::thread::sleep(Duration::from_millis(5));
-            event.write(1).unwrap();
-        }
-    });
+    let mut vcpu = guest.vcpu(&[set_up_pic(1 << 3), READY.to_vec(), WAIT.to_vec()].concat());
+    until_ready(&mut vcpu);
     for _ in 0..20 {
+        let event = event.try_clone().unwrap();
+        let signaller = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(2));
+            event.write(1).unwrap();
+        });
         assert_eq!(vector(&mut vcpu), 0x23);
+        signaller.join().unwrap();
     }
-    signaller.join().unwrap();
 }
 
 /// A level-triggered line stays up through EOIs until the device, told by the resample eventfd, is
@@ -87,7 +93,9 @@ fn resample_interrupts_as_long_as_the_device_wants() {
         .register_irqfd_with_resample(&event, &resample, 3)
         .unwrap();
     let level = [0xba, 0xd0, 0x04, 0xb0, 0x08, 0xee]; // mov dx, 0x4d0; mov al, 8; out dx, al
-    let mut vcpu = guest.vcpu(&[set_up_pic(1 << 3), level.to_vec(), WAIT.to_vec()].concat());
+    let code = [&set_up_pic(1 << 3)[..], &level, &READY, &WAIT].concat();
+    let mut vcpu = guest.vcpu(&code);
+    until_ready(&mut vcpu);
     let device = std::thread::spawn(move || {
         event.write(1).unwrap();
         for _ in 0..10 {
@@ -136,12 +144,11 @@ fn msi_with_a_split_irqchip() {
     // mov dword [0xb0], 0: EOI, DS being the APIC page.
     guest.handler(0x41, &[0x66, 0xc7, 0x06, 0xb0, 0x00, 0, 0, 0, 0]);
     let enable = [0x66, 0xc7, 0x06, 0xf0, 0x00, 0xff, 0x01, 0, 0]; // mov dword [0xf0], 0x1ff: SVR
-    let ready = [0xe6, 0xe8]; // out 0xe8, al
-    let mut vcpu = guest.vcpu(&[&enable[..], &ready, &WAIT].concat());
+    let mut vcpu = guest.vcpu(&[&enable[..], &READY, &WAIT].concat());
     let mut sregs = vcpu.get_sregs().unwrap();
     sregs.ds.base = 0xfee0_0000;
     vcpu.set_sregs(&sregs).unwrap();
-    assert!(matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0xe8, _)));
+    until_ready(&mut vcpu);
     let msi = kvm_msi {
         address_lo: 0xfee0_0000,
         data: 0x41,

@@ -22,6 +22,7 @@ pub struct Guest {
 }
 
 impl Guest {
+    #[allow(clippy::new_without_default, reason = "a fixture")]
     pub fn new() -> Self {
         Self::with_flags(0)
     }
