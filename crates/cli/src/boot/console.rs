@@ -9,8 +9,16 @@ use vm_superio::serial::{Error, SerialEvents};
 
 use super::interrupt::InterruptLine;
 
-/// Ctrl-A, then: x ends the machine, Ctrl-A sends one Ctrl-A, anything else is sent with it.
+/// Ctrl-A, then: x ends the machine, d dumps its processors, Ctrl-A sends one Ctrl-A, anything else is
+/// sent with it.
 const ESCAPE: u8 = 0x01;
+
+/// What the user asks of the machine by an escape sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Escape {
+    Quit,
+    Dump,
+}
 
 /// The guest's COM1.
 pub struct Console {
@@ -57,9 +65,9 @@ impl Console {
         }
     }
 
-    /// Feeds standard input to the guest until it ends. Calls `quit` when the user asks for the end of
-    /// the machine.
-    pub fn feed(&self, quit: impl Fn()) {
+    /// Feeds standard input to the guest until it ends. Calls `on_escape` when the user asks for something
+    /// of the machine itself, which only a terminal can.
+    pub fn feed(&self, on_escape: impl Fn(Escape)) {
         let terminal = io::stdin().is_terminal();
         let mut escape = EscapeKey::default();
         let mut buffer = [0; 256];
@@ -67,10 +75,11 @@ impl Console {
             match io::stdin().read(&mut buffer) {
                 Ok(0) => return,
                 Ok(count) if terminal => {
-                    let (keys, leave) = escape.filter(&buffer[..count]);
-                    self.enter(&keys);
-                    if leave {
-                        quit();
+                    for &key in &buffer[..count] {
+                        match escape.press(key) {
+                            Ok(keys) => self.enter(&keys),
+                            Err(request) => on_escape(request),
+                        }
                     }
                 }
                 Ok(count) => self.enter(&buffer[..count]),
@@ -111,18 +120,18 @@ struct EscapeKey {
 }
 
 impl EscapeKey {
-    /// What goes to the guest, and whether the user wants to leave.
-    fn filter(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
-        let mut keys = Vec::with_capacity(typed.len());
-        for &key in typed {
-            match (std::mem::take(&mut self.pending), key) {
-                (false, ESCAPE) => self.pending = true,
-                (true, b'x' | b'X') => return (keys, true),
-                (true, ESCAPE) | (false, _) => keys.push(key),
-                (true, _) => keys.extend([ESCAPE, key]),
+    /// What goes to the guest for a key, or what the user asks for with it.
+    fn press(&mut self, key: u8) -> Result<Vec<u8>, Escape> {
+        match (std::mem::take(&mut self.pending), key) {
+            (false, ESCAPE) => {
+                self.pending = true;
+                Ok(Vec::new())
             }
+            (true, b'x' | b'X') => Err(Escape::Quit),
+            (true, b'd' | b'D') => Err(Escape::Dump),
+            (true, ESCAPE) | (false, _) => Ok(vec![key]),
+            (true, _) => Ok(vec![ESCAPE, key]),
         }
-        (keys, false)
     }
 }
 
@@ -131,13 +140,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_escape_key_leaves_and_can_be_sent() {
+    fn the_escape_key_asks_and_can_be_sent() {
         let mut escape = EscapeKey::default();
-        assert_eq!(escape.filter(b"ls\r"), (b"ls\r".to_vec(), false));
-        assert_eq!(escape.filter(b"a\x01"), (b"a".to_vec(), false));
-        assert_eq!(escape.filter(b"\x01b"), (b"\x01b".to_vec(), false));
-        assert_eq!(escape.filter(b"\x01q"), (b"\x01q".to_vec(), false));
-        assert_eq!(escape.filter(b"z\x01xmore"), (b"z".to_vec(), true));
+        let mut typed = |keys: &[u8]| -> Vec<Result<Vec<u8>, Escape>> {
+            keys.iter().map(|key| escape.press(*key)).collect()
+        };
+        assert_eq!(typed(b"l\r"), [Ok(b"l".to_vec()), Ok(b"\r".to_vec())]);
+        assert_eq!(typed(b"\x01"), [Ok(Vec::new())]);
+        assert_eq!(typed(b"\x01"), [Ok(vec![ESCAPE])]);
+        assert_eq!(typed(b"\x01q"), [Ok(Vec::new()), Ok(b"\x01q".to_vec())]);
+        assert_eq!(typed(b"\x01d"), [Ok(Vec::new()), Err(Escape::Dump)]);
+        assert_eq!(typed(b"\x01x"), [Ok(Vec::new()), Err(Escape::Quit)]);
+        assert_eq!(typed(b"x"), [Ok(b"x".to_vec())]);
     }
 
     #[test]

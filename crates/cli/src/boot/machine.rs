@@ -4,18 +4,21 @@
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use anykvm::{Cap, IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
+use anykvm::{Cap, IoEventAddress, Kvm, Vcpu, VcpuExit, VcpuFd, VmFd};
 use anykvm_abi::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use signal_hook::consts::SIGUSR1;
+use signal_hook::iterator::Signals;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::bus::{Bus, Effect, Stop};
-use super::console::Console;
+use super::console::{Console, Escape};
 use super::error::BootError;
 use super::interrupt::InterruptLine;
 use super::memory::MemorySize;
@@ -57,6 +60,10 @@ struct Shared {
     bus: Bus,
     meter: OnceLock<Meter>,
     stop: Sender<Stop>,
+    /// The processors, which keep their counters when their threads have ended.
+    vcpus: Vec<Arc<Vcpu>>,
+    /// How often the user has asked for a dump of the processors.
+    dumps: AtomicU32,
     _memory: Arc<GuestMemoryMmap<()>>,
 }
 
@@ -122,6 +129,7 @@ impl Machine {
             }
             vcpus.push(vcpu);
         }
+        let objects = vcpus.iter().map(|vcpu| Arc::clone(vcpu.vcpu())).collect();
         let (stop, stops) = mpsc::channel();
         Ok(Self {
             shared: Arc::new(Shared {
@@ -129,6 +137,8 @@ impl Machine {
                 bus: Bus { console, disks },
                 meter: OnceLock::new(),
                 stop,
+                vcpus: objects,
+                dumps: AtomicU32::new(0),
                 _memory: guest,
             }),
             vcpus,
@@ -169,9 +179,21 @@ fn spawn_all(shared: &Arc<Shared>, vcpus: Vec<VcpuFd>) -> io::Result<()> {
     thread::Builder::new()
         .name("console".to_owned())
         .spawn(move || {
-            console.bus.console.feed(|| {
-                let _ = console.stop.send(Stop::Quit);
+            console.bus.console.feed(|key| match key {
+                Escape::Quit => {
+                    let _ = console.stop.send(Stop::Quit);
+                }
+                Escape::Dump => console.dump(),
             });
+        })?;
+    let mut signals = Signals::new([SIGUSR1])?;
+    let dumper = Arc::clone(shared);
+    thread::Builder::new()
+        .name("dump".to_owned())
+        .spawn(move || {
+            for _ in &mut signals {
+                dumper.dump();
+            }
         })?;
     for (id, vcpu) in vcpus.into_iter().enumerate() {
         let shared = Arc::clone(shared);
@@ -190,9 +212,23 @@ fn spawn_all(shared: &Arc<Shared>, vcpus: Vec<VcpuFd>) -> io::Result<()> {
 }
 
 impl Shared {
+    /// Asks every processor for a dump.
+    fn dump(&self) {
+        self.dumps.fetch_add(1, Ordering::SeqCst);
+        for vcpu in &self.vcpus {
+            vcpu.kick_handle().kick();
+        }
+    }
+
     /// Runs a processor until something stops the machine.
     fn run_vcpu(&self, id: usize, mut vcpu: VcpuFd) -> Stop {
+        let mut dumped = 0;
         loop {
+            let asked = self.dumps.load(Ordering::SeqCst);
+            if asked != dumped {
+                dumped = asked;
+                eprintln!("anykvm: vCPU {id}:\n{}", vcpu.dump());
+            }
             let effect = match vcpu.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     self.bus.read_port(port, data);
@@ -228,7 +264,12 @@ impl Shared {
                         meter.mark(&self.vm);
                     }
                 }
-                Effect::Stop(stop) => return stop,
+                Effect::Stop(stop) => {
+                    if matches!(stop, Stop::Failed(_)) {
+                        eprintln!("anykvm: vCPU {id}:\n{}", vcpu.dump());
+                    }
+                    return stop;
+                }
             }
         }
     }

@@ -108,7 +108,7 @@ fn boot(args: &BootArgs) -> Result<(Stop, Report), BootError> {
         disks: args.disks.clone(),
     })?;
     if std::io::stdin().is_terminal() {
-        eprintln!("anykvm: Ctrl-A x ends the machine");
+        eprintln!("anykvm: Ctrl-A x ends the machine, Ctrl-A d shows its processors");
     }
     let _raw = RawTerminal::enter().map_err(BootError::host("cannot set up the terminal"))?;
     machine.run()
