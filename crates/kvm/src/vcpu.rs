@@ -3,7 +3,7 @@
 //! for it. What other threads may do without it is in [`VcpuRequests`].
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use anykvm_cpu::requests::{EVENT, KICK};
 use anykvm_cpu::{Cpu, CpuState};
@@ -67,12 +67,14 @@ impl KickHandle {
     }
 }
 
-/// The APIC timer, for the VM's event thread.
-struct TimerExpiry(Arc<Lapic>);
+/// The APIC timer, for the VM's event thread. Weak: the local APIC leads to the deadline itself.
+struct TimerExpiry(Weak<Lapic>);
 
 impl Expire for TimerExpiry {
     fn expired(&self, now_ns: u64) {
-        self.0.timer_expired(now_ns);
+        if let Some(lapic) = self.0.upgrade() {
+            lapic.timer_expired(now_ns);
+        }
     }
 }
 
@@ -95,7 +97,7 @@ impl Vcpu {
         });
         if let Some(lapic) = &lapic {
             vm.events
-                .connect(&deadline, Arc::new(TimerExpiry(lapic.clone())));
+                .connect(&deadline, Arc::new(TimerExpiry(Arc::downgrade(lapic))));
         }
         let in_kernel_apic = lapic.is_some();
         let machine = Arc::new(VcpuMachine::new(

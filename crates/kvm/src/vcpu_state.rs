@@ -9,7 +9,7 @@ use anykvm_abi::{
 use anykvm_cpu::Machine;
 use anykvm_cpu::events::MpState;
 use anykvm_cpu::requests::{EVENT, OWNER};
-use anykvm_cpu::state::{reg, seg};
+use anykvm_cpu::state::seg;
 
 use crate::cpuid::{self, GuestCpuid};
 use crate::error::{Errno, Result};
@@ -227,12 +227,6 @@ impl Vcpu {
             }
             let new = GuestCpuid::new(entries)?;
             core.cpu.set_cpuid(new.table().clone());
-            if core.cpu.state.rip() == 0xfff0
-                && let Some(signature) = new.signature()
-            {
-                // EDX after RESET (SDM Vol. 3, table 10-1), while the vCPU is still in that state.
-                core.cpu.state.regs[reg::RDX] = signature.into();
-            }
             self.machine().set_cpuid(new);
             Ok(())
         })
