@@ -65,6 +65,8 @@ pub struct Vm {
 #[derive(Debug, Default)]
 pub(crate) struct Vcpus {
     created: Vec<(u32, Weak<Vcpu>)>,
+    /// The statistics of all of them, which outlive them.
+    stats: Vec<Arc<StatsFile>>,
     /// The id of the bootstrap processor (KVM_SET_BOOT_CPU_ID).
     pub(crate) boot_id: u32,
     /// KVM_CAP_MAX_VCPU_ID, when set.
@@ -154,6 +156,11 @@ impl Vm {
             .collect()
     }
 
+    /// The statistics of every vCPU there has been.
+    pub(crate) fn vcpu_stats(&self) -> Vec<Arc<StatsFile>> {
+        self.lock_vcpus().stats.clone()
+    }
+
     /// KVM_SET_BOOT_CPU_ID: before the first vCPU.
     pub(crate) fn set_boot_vcpu(&self, id: u64) -> Result<()> {
         let mut vcpus = self.lock_vcpus();
@@ -230,6 +237,7 @@ impl Vm {
         let boot = vcpus.boot_id == id;
         let vcpu = Vcpu::new(self.clone(), id, boot)?;
         vcpus.created.push((id, Arc::downgrade(&vcpu)));
+        vcpus.stats.push(vcpu.stats().clone());
         Ok(vcpu)
     }
 }

@@ -140,9 +140,9 @@ impl VmFd {
     /// What the VM and its vCPUs have counted so far.
     pub fn stats(&self) -> VmStats {
         let mut counters = self.vm.stats().values();
-        let vcpus = self.vm.vcpus();
-        let sum = |stat: VcpuStat| vcpus.iter().map(|v| v.stats().get(stat as usize)).sum();
-        let per_vcpu = vcpus.iter().map(|v| v.stats().values());
+        let vcpus = self.vm.vcpu_stats();
+        let sum = |stat: VcpuStat| vcpus.iter().map(|v| v.get(stat as usize)).sum();
+        let per_vcpu = vcpus.iter().map(|v| v.values());
         let totals = per_vcpu.reduce(|mut totals, values| {
             for (total, value) in totals.iter_mut().zip(values) {
                 total.1 += value.1;
