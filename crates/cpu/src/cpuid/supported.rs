@@ -78,9 +78,10 @@ const EXTENDED_EDX: u32 = bits([11, 20, 26, 27, 29]);
 const EXTENDED_EDX_AMD: u32 = LEAF1_EDX & 0x0183_f3ff;
 /// The same leaf's MMXEXT, from the host.
 const EXTENDED_EDX_HOST: u32 = bits([22]);
-/// Leaf 0x80000008, EBX: WBNOINVD; speculative store bypass and branch type confusion do not exist
+/// Leaf 0x80000008, EBX: WBNOINVD; IBRS, which IBRS_ALL in IA32_ARCH_CAPABILITIES goes with;
+/// speculative store bypass and branch type confusion do not exist
 /// in an interpreter.
-const ADDRESS_EBX_AMD: u32 = bits([9, 26, 29]);
+const ADDRESS_EBX_AMD: u32 = bits([9, 14, 26, 29]);
 /// Leaf 0x80000021, EAX: no nested data breakpoints, LFENCE serialises, null selectors clear the
 /// base, automatic IBRS, no speculative return-stack overflow.
 const EXTENDED2_EAX: u32 = bits([0, 2, 6, 8, 29]);
