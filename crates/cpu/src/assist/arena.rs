@@ -35,7 +35,11 @@ unsafe impl Sync for Arena {}
 impl Arena {
     /// Maps an empty arena.
     pub fn new() -> io::Result<Self> {
-        let fd = memfd_create("anykvm-stubs", MemfdFlags::CLOEXEC)?;
+        // A system may insist that memfds are no programs (sysctl vm.memfd_noexec), which keeps them
+        // from being executed as files, not from being mapped; kernels before 6.3 do not know the flag.
+        let name = "anykvm-stubs";
+        let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| memfd_create(name, MemfdFlags::CLOEXEC))?;
         ftruncate(&fd, BYTES as u64)?;
         let map = |prot| {
             // SAFETY: a new mapping at an address of the kernel's choice.
