@@ -46,6 +46,8 @@ pub struct Stub {
     pub size: u8,
     /// Its address must be a multiple of its size.
     pub aligned: bool,
+    /// It needs the guest's status flags.
+    pub reads_flags: bool,
     /// Status flags it may change.
     pub flags: u64,
     /// It obeys MXCSR.
@@ -84,6 +86,7 @@ impl Stub {
             memory: plan.memory,
             size: plan.size,
             aligned: plan.aligned,
+            reads_flags: plan.flags_in != 0,
             flags: plan.flags_out,
             mxcsr: plan.mxcsr,
             x87: plan.x87,

@@ -229,7 +229,7 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     }
     let size = usize::from(stub.size);
     if stub.memory == MemoryUse::Read {
-        cpu.assist.memory = cpu.read_operand(insn, size)?;
+        load_operand(cpu, insn, size)?;
     }
     cpu.counters.assisted += 1;
 
@@ -247,7 +247,9 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
         let shift = if code & HIGH_BYTE != 0 { 8 } else { 0 };
         cpu.assist.gprs[slot] = cpu.state.regs[code & 15] >> shift;
     }
-    cpu.assist.set_flags(cpu.state.rflags);
+    if stub.reads_flags {
+        cpu.assist.set_flags(cpu.state.rflags);
+    }
     let mxcsr = cpu.state.xsave.u32(XsaveArea::MXCSR);
     cpu.assist.mxcsr = host_mxcsr(mxcsr);
     if stub.x87 {
@@ -280,12 +282,15 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     }
     for (slot, v) in stub.vectors().iter().enumerate().filter(|(_, v)| v.write) {
         let n = binding.vectors[slot];
-        let value = cpu.assist.vectors[slot];
-        let (lo, hi) = halves(&value);
+        let (halves, _) = cpu.assist.vectors[slot].as_chunks::<16>();
+        let lo = halves[0];
         match (stub.class, v.bytes) {
-            (Class::Avx, 32) => cpu.set_ymm(n, lo, hi),
-            (Class::Avx, _) => cpu.set_ymm(n, lo, &[0; 16]),
-            _ => cpu.set_xmm(n, lo),
+            (Class::Avx, 32) => {
+                let hi = halves[1];
+                cpu.set_ymm(n, &lo, &hi);
+            }
+            (Class::Avx, _) => cpu.set_ymm(n, &lo, &[0; 16]),
+            _ => cpu.set_xmm(n, &lo),
         }
     }
     for (slot, write) in stub.gprs().iter().enumerate() {
@@ -299,9 +304,26 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn halves(v: &[u8; 64]) -> (&[u8; 16], &[u8; 16]) {
-    let (chunks, _) = v.as_chunks::<16>();
-    (&chunks[0], &chunks[1])
+/// Puts the memory operand into the frame, in stores of the size the stub loads.
+#[inline(always)]
+fn load_operand(cpu: &mut Cpu, insn: &Insn, size: usize) -> Result<(), Stop> {
+    let offset = cpu.effective_address(insn);
+    match size {
+        16 => {
+            let v = cpu.read_16(insn.seg, offset)?;
+            cpu.assist.memory[..16].copy_from_slice(&v);
+        }
+        8 => {
+            let v = cpu.read_at::<u64>(insn.seg, offset)?;
+            cpu.assist.memory[..8].copy_from_slice(&v.to_le_bytes());
+        }
+        4 => {
+            let v = cpu.read_at::<u32>(insn.seg, offset)?;
+            cpu.assist.memory[..4].copy_from_slice(&v.to_le_bytes());
+        }
+        _ => cpu.assist.memory = cpu.read_operand_at(insn.seg, offset, size)?,
+    }
+    Ok(())
 }
 
 /// The MXCSR to run with: the guest's rounding and denormal modes, every exception masked, no flag
