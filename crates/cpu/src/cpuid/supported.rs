@@ -30,8 +30,9 @@ const fn bits<const N: usize>(list: [u32; N]) -> u32 {
 const LEAF1_ECX: Flags = Flags {
     // SSE3 PCLMULQDQ SSSE3 FMA CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C RDRAND
     host: bits([0, 1, 9, 12, 13, 19, 20, 22, 23, 25, 26, 28, 29, 30]),
-    // PCID x2APIC TSC-deadline hypervisor
-    always: bits([17, 21, 24, 31]),
+    // PCID x2APIC hypervisor; not TSC-deadline, which depends on where the APIC is: KVM has a
+    // capability for it instead (KVM API, 4.46), and who creates the APIC in KVM adds the flag.
+    always: bits([17, 21, 31]),
 };
 /// Leaf 1, ECX: flags that need the host's operating system to have enabled YMM state.
 const LEAF1_ECX_AVX: u32 = bits([12, 28, 29]);
