@@ -185,7 +185,7 @@ fn bytes(r: &mut Random) -> [u8; 15] {
         4 => b[at] = 0xd8 | r.next() as u8 & 7,
         _ => {}
     }
-    if r.next() % 2 == 0 {
+    if r.next().is_multiple_of(2) {
         // A memory operand with a base and a byte of displacement.
         b[at + 2] = b[at + 2] & 0x3f | 0x40;
     }
@@ -212,7 +212,7 @@ fn no_bytes_and_no_state_are_too_much() {
         }
         s.regs[reg::RIP] = 0x1000;
         s.rflags = 2 | r.next() & 0xcd5;
-        if r.next() % 4 == 0 {
+        if r.next().is_multiple_of(4) {
             s.xsave.0[..832]
                 .iter_mut()
                 .for_each(|b| *b = r.next() as u8);
