@@ -24,6 +24,7 @@ use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, Register};
 
 use super::frame::offset;
 use super::plan::{Class, FRAME, Plan};
+use super::stack::StackUse;
 
 struct Emitter {
     encoder: Encoder,
@@ -59,6 +60,24 @@ impl Emitter {
             127_i32,
         )?)?;
         self.plain(Code::Sahf)
+    }
+
+    fn store_flags(&mut self) -> Result<(), IcedError> {
+        self.put(&Instruction::with1(Code::Seto_rm8, Register::AL)?)?;
+        self.plain(Code::Lahf)?;
+        self.store(Code::Mov_rm32_r32, offset::FLAGS, Register::EAX)
+    }
+
+    /// FNCLEX, which is slow, if the status word in AX has an exception flag.
+    fn clear_exceptions(&mut self) -> Result<(), IcedError> {
+        self.put(&Instruction::with2(
+            Code::Test_AL_imm8,
+            Register::AL,
+            0x7f_i32,
+        )?)?;
+        // Over FNCLEX, which has two bytes like this branch.
+        self.put(&Instruction::with_branch(Code::Je_rel8_64, 4)?)?;
+        self.plain(Code::Fnclex)
     }
 
     fn enter(&mut self, plan: &Plan) -> Result<(), IcedError> {
@@ -103,9 +122,7 @@ impl Emitter {
             self.store(Code::Mov_rm64_r64, offset::gpr(slot), g.host)?;
         }
         if plan.flags_out != 0 {
-            self.put(&Instruction::with1(Code::Seto_rm8, Register::AL)?)?;
-            self.plain(Code::Lahf)?;
-            self.store(Code::Mov_rm32_r32, offset::FLAGS, Register::EAX)?;
+            self.store_flags()?;
         }
         for (slot, v) in plan.vectors.iter().enumerate().filter(|(_, v)| v.write) {
             let n = u32::from(v.host);
@@ -147,6 +164,44 @@ pub fn stub(plan: &Plan) -> Result<Vec<u8>, IcedError> {
     e.enter(plan)?;
     e.put(&plan.insn)?;
     e.leave(plan)?;
+    Ok(e.encoder.take_buffer())
+}
+
+/// The short form of an x87 stub: the registers used go onto the host's stack, which is empty
+/// between functions, and back from it.
+///
+/// ```text
+/// fnstcw [host_fcw]; fnstsw ax; fnclex if a flag is set
+/// fldcw [fcw]; fld tbyte [st+n] … fld tbyte [st]
+/// THE INSTRUCTION
+/// seto al; lahf; mov [flags], eax                            if it changes flags
+/// fnstsw ax; mov [fsw], eax; fstp tbyte [st] … fstp tbyte [st+n]
+/// fnclex if a flag is set; fldcw [host_fcw]; ret
+/// ```
+pub fn short(plan: &Plan, stack: &StackUse) -> Result<Vec<u8>, IcedError> {
+    let mut e = Emitter {
+        encoder: Encoder::try_new(64)?,
+    };
+    e.plain(Code::Endbr64)?;
+    e.memory(Code::Fnstcw_m2byte, offset::HOST_FCW)?;
+    e.put(&Instruction::with1(Code::Fnstsw_AX, Register::AX)?)?;
+    e.clear_exceptions()?;
+    e.memory(Code::Fldcw_m2byte, offset::FCW)?;
+    for slot in (0..stack.loads).rev() {
+        e.memory(Code::Fld_m80fp, offset::st(slot))?;
+    }
+    e.put(&plan.insn)?;
+    if plan.flags_out != 0 {
+        e.store_flags()?;
+    }
+    e.put(&Instruction::with1(Code::Fnstsw_AX, Register::AX)?)?;
+    e.store(Code::Mov_rm32_r32, offset::FSW, Register::EAX)?;
+    for slot in 0..stack.stores() {
+        e.memory(Code::Fstp_m80fp, offset::st(slot))?;
+    }
+    e.clear_exceptions()?;
+    e.memory(Code::Fldcw_m2byte, offset::HOST_FCW)?;
+    e.plain(Code::Retnq)?;
     Ok(e.encoder.take_buffer())
 }
 

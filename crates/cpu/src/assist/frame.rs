@@ -3,6 +3,8 @@
 
 use std::mem::offset_of;
 
+use super::stack::MAX_STORES;
+
 /// Vector registers one instruction can use (four operands, or three and XMM0).
 pub const VECTORS: usize = 4;
 /// General registers one instruction can use.
@@ -31,6 +33,12 @@ pub struct Frame {
     pub host_mxcsr: u32,
     /// Where the stub keeps the host's x87 control word.
     pub host_fcw: u32,
+    /// x87 control word, for the short way.
+    pub fcw: u32,
+    /// x87 status word after the short way.
+    pub fsw: u32,
+    /// x87 registers, for the short way: ST0 first.
+    pub st: [[u8; 16]; MAX_STORES],
     /// x87 and MMX state, in and out.
     pub x87: Image,
 }
@@ -45,6 +53,9 @@ impl Default for Frame {
             mxcsr: 0,
             host_mxcsr: 0,
             host_fcw: 0,
+            fcw: 0,
+            fsw: 0,
+            st: [[0; 16]; MAX_STORES],
             x87: Image([0; 512]),
         }
     }
@@ -80,6 +91,15 @@ pub mod offset {
     /// `Frame::x87`.
     pub const X87: i64 = offset_of!(Frame, x87) as i64;
 
+    /// `Frame::fcw`.
+    pub const FCW: i64 = offset_of!(Frame, fcw) as i64;
+    /// `Frame::fsw`.
+    pub const FSW: i64 = offset_of!(Frame, fsw) as i64;
+
+    /// A slot of `Frame::st`.
+    pub fn st(slot: u8) -> i64 {
+        offset_of!(Frame, st) as i64 + i64::from(slot) * 16
+    }
     /// A slot of `Frame::vectors`.
     pub fn vector(slot: usize) -> i64 {
         (offset_of!(Frame, vectors) + slot * 64) as i64

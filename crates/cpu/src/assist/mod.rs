@@ -8,13 +8,14 @@
 //! the guest gets #UD for.
 //!
 //! Stubs are shared by all processors of the process. Registers are renamed in them ([`plan`]), so
-//! their number is that of distinct operations (opcode, immediate, which operands coincide), not of
-//! register combinations.
+//! their number is that of distinct operations (opcode, immediate, operand in memory or not), not of
+//! register combinations: no guest can use up the room there is for them.
 
 mod arena;
 mod emit;
 pub mod frame;
 pub mod plan;
+pub mod stack;
 
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock};
@@ -25,15 +26,17 @@ use arena::Arena;
 pub use frame::Frame;
 use frame::{GPRS, VECTORS};
 pub use plan::{Binding, Class, HIGH_BYTE, MemoryUse, Plan, Vector};
+pub use stack::StackUse;
 
-/// Most stubs there can be.
-const MAX_STUBS: usize = 1 << 16;
+/// More than there are distinct operations.
+const MAX_STUBS: usize = 1 << 18;
 const CHUNK: usize = 256;
 
 /// A generated stub and what its caller must know.
 #[derive(Debug)]
 pub struct Stub {
     entry: *const u8,
+    short: Option<(*const u8, StackUse)>,
     /// Availability rules.
     pub class: Class,
     vectors: [Vector; VECTORS],
@@ -62,7 +65,7 @@ unsafe impl Send for Stub {}
 unsafe impl Sync for Stub {}
 
 impl Stub {
-    fn new(plan: &Plan, entry: *const u8) -> Self {
+    fn new(plan: &Plan, entry: *const u8, short: Option<*const u8>) -> Self {
         let mut vectors = [Vector {
             host: 0,
             read: false,
@@ -78,6 +81,7 @@ impl Stub {
         }
         Self {
             entry,
+            short: short.zip(plan.stack),
             class: plan.class,
             vectors,
             vector_count: plan.vectors.len() as u8,
@@ -107,6 +111,24 @@ impl Stub {
         self.gpr_writes
             .get(..usize::from(self.gpr_count))
             .unwrap_or_default()
+    }
+
+    /// What it does to the x87 stack, if there is a short way ([`Stub::call_short`]).
+    #[inline(always)]
+    pub fn stack(&self) -> Option<&StackUse> {
+        self.short.as_ref().map(|(_, stack)| stack)
+    }
+
+    /// Runs the short form, which takes x87 registers from `Frame::st` and leaves them there.
+    #[inline(always)]
+    pub fn call_short(&self, frame: &mut Frame) {
+        if let Some((entry, _)) = self.short {
+            // SAFETY: as in `call`; `emit::short` generated it, and FCW masks every exception.
+            unsafe {
+                let entry: unsafe extern "sysv64" fn(*mut Frame) = std::mem::transmute(entry);
+                entry(frame);
+            }
+        }
     }
 
     /// Runs the stub.
@@ -171,8 +193,16 @@ impl Registry {
         let n = known.len();
         let chunk = self.chunks.get(n / CHUNK)?;
         let chunk = chunk.get_or_init(|| (0..CHUNK).map(|_| OnceLock::new()).collect());
-        let entry = self.arena.as_ref()?.add(&emit::stub(plan).ok()?)?;
-        chunk.get(n % CHUNK)?.set(Stub::new(plan, entry)).ok()?;
+        let arena = self.arena.as_ref()?;
+        let entry = arena.add(&emit::stub(plan).ok()?)?;
+        let short = match &plan.stack {
+            Some(stack) => Some(arena.add(&emit::short(plan, stack).ok()?)?),
+            None => None,
+        };
+        chunk
+            .get(n % CHUNK)?
+            .set(Stub::new(plan, entry, short))
+            .ok()?;
         known.insert(key, n as u32);
         Some(n as u32)
     }

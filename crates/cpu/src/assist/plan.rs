@@ -10,6 +10,7 @@ use iced_x86::{
 };
 
 use super::frame::{GPRS, VECTORS};
+use super::stack::StackUse;
 use crate::state::rflags;
 
 /// General registers explicit operands are renamed to. No instruction uses one of them implicitly,
@@ -105,6 +106,8 @@ pub struct Plan {
     pub mxcsr: bool,
     /// It uses x87 or MMX registers.
     pub x87: bool,
+    /// For x87 instructions that can do with a part of the state.
+    pub stack: Option<StackUse>,
 }
 
 impl Plan {
@@ -114,12 +117,7 @@ impl Plan {
             return None;
         }
         let mut factory = InstructionInfoFactory::new();
-        let mut renamed = Names::new(raw, &[]);
-        let implicit = implicit_registers(factory.info(&renamed.apply(raw)?));
-        if !implicit.is_empty() {
-            renamed = Names::new(raw, &implicit);
-        }
-        let insn = renamed.apply(raw)?;
+        let (insn, renamed) = Names::apply(raw)?;
         let info = factory.info(&insn);
         let legacy = raw.encoding() == EncodingKind::Legacy;
 
@@ -134,6 +132,7 @@ impl Plan {
             flags_in: status_flags(insn.rflags_read() | insn.rflags_undefined()),
             flags_out: status_flags(insn.rflags_modified()),
             mxcsr: false,
+            stack: if is_x87(raw) { StackUse::of(raw) } else { None },
             x87: is_x87(raw) || raw.mnemonic() == Mnemonic::Emms,
         };
         let mut binding = Binding::default();
@@ -297,71 +296,26 @@ fn has_memory(raw: &Instruction) -> bool {
     raw.op_kinds().any(|k| k == OpKind::Memory)
 }
 
-/// Registers used that are neither renamed operands nor the frame's.
-fn implicit_registers(info: &iced_x86::InstructionInfo) -> Vec<Register> {
-    let explicit = |r: Register| {
-        if r.is_vector_register() {
-            (1..=VECTORS).contains(&r.number())
-        } else {
-            GPR_POOL.contains(&r.full_register()) || r.full_register() == FRAME
-        }
-    };
-    info.used_registers()
-        .iter()
-        .map(|u| u.register())
-        .filter(|r| (r.is_gpr() || r.is_vector_register()) && !explicit(*r))
-        .map(Register::full_register)
-        .collect()
-}
-
-/// Which guest register each of the stub's registers stands for.
+/// Which guest registers the renamed operands stand for, in order of appearance. A guest register
+/// that is named twice gets two names: an instruction writes only one of its operands, and so forms
+/// that differ in which operands coincide share one stub.
+#[derive(Default)]
 struct Names {
-    vectors: Vec<(u8, u8)>,
-    gprs: Vec<(Register, u8)>,
-    fixed: Vec<Register>,
+    /// Of the vector registers from 1 up; XMM0 is left for implicit use.
+    vectors: Vec<u8>,
+    /// Of [`GPR_POOL`].
+    gprs: Vec<u8>,
 }
 
 impl Names {
-    /// Names for the explicit register operands; those that are also used implicitly keep theirs.
-    fn new(raw: &Instruction, implicit: &[Register]) -> Self {
-        let mut names = Self {
-            vectors: Vec::new(),
-            gprs: Vec::new(),
-            fixed: implicit.to_vec(),
-        };
-        for i in 0..raw.op_count() {
-            if raw.op_kind(i) != OpKind::Register {
-                continue;
-            }
-            let r = raw.op_register(i);
-            if implicit.contains(&r.full_register()) && !is_high_byte(r) {
-                continue;
-            }
-            if r.is_vector_register() {
-                let guest = r.number() as u8;
-                if !names.vectors.iter().any(|(_, g)| *g == guest) {
-                    // XMM0 is left for implicit use.
-                    names.vectors.push((names.vectors.len() as u8 + 1, guest));
-                }
-            } else if r.is_gpr() {
-                let guest = guest_code(r);
-                if !names.gprs.iter().any(|(_, g)| *g == guest)
-                    && let Some(host) = GPR_POOL.get(names.gprs.len())
-                {
-                    names.gprs.push((*host, guest));
-                }
-            }
-        }
-        names
-    }
-
     /// The instruction with registers renamed and its memory operand in the frame.
-    fn apply(&self, raw: &Instruction) -> Option<Instruction> {
+    fn apply(raw: &Instruction) -> Option<(Instruction, Self)> {
+        let mut names = Self::default();
         let mut insn = *raw;
         insn.set_code_size(CodeSize::Code64);
         for i in 0..raw.op_count() {
             match raw.op_kind(i) {
-                OpKind::Register => insn.set_op_register(i, self.host(raw.op_register(i))?),
+                OpKind::Register => insn.set_op_register(i, names.rename(raw.op_register(i))?),
                 OpKind::Memory => {
                     insn.set_segment_prefix(Register::None);
                     insn.set_memory_base(FRAME);
@@ -382,29 +336,26 @@ impl Names {
                 _ => return None,
             }
         }
-        Some(insn)
+        if matches!(raw.mnemonic(), Mnemonic::Extrq | Mnemonic::Insertq)
+            && insn.op_kinds().any(|k| k == OpKind::Immediate8_2nd)
+        {
+            // Length and index have six bits each.
+            insn.set_immediate8(insn.immediate8() & 63);
+            insn.set_immediate8_2nd(insn.immediate8_2nd() & 63);
+        }
+        Some((insn, names))
     }
 
-    fn host(&self, r: Register) -> Option<Register> {
+    fn rename(&mut self, r: Register) -> Option<Register> {
         if r.is_vector_register() {
-            let guest = r.number() as u8;
-            let host = self
-                .vectors
-                .iter()
-                .find(|(_, g)| *g == guest)
-                .map(|(h, _)| *h);
-            // Not renamed: used implicitly too, under its own name.
-            let n = host.unwrap_or(guest);
-            return Some(r.base() + u32::from(n));
+            self.vectors.push(r.number() as u8);
+            return Some(r.base() + self.vectors.len() as u32);
         }
         if !r.is_gpr() {
             return (r.is_mm() || r.is_st()).then_some(r);
         }
-        let guest = guest_code(r);
-        let Some((host, _)) = self.gprs.iter().find(|(_, g)| *g == guest) else {
-            return self.fixed.contains(&r.full_register()).then_some(r);
-        };
-        let n = host.number() as u32;
+        let n = GPR_POOL.get(self.gprs.len())?.number() as u32;
+        self.gprs.push(guest_code(r));
         Some(match r.size() {
             8 => Register::RAX + n,
             4 => Register::EAX + n,
@@ -414,16 +365,15 @@ impl Names {
         })
     }
 
+    /// The guest register a host register stands for; its own name if it is used implicitly.
     fn guest_vector(&self, host: u8) -> u8 {
-        self.vectors
-            .iter()
-            .find(|(h, _)| *h == host)
-            .map_or(host, |(_, g)| *g)
+        let at = usize::from(host).checked_sub(1);
+        at.and_then(|at| self.vectors.get(at)).map_or(host, |g| *g)
     }
 
     fn guest_gpr(&self, host: Register) -> Option<u8> {
-        if let Some((_, g)) = self.gprs.iter().find(|(h, _)| *h == host) {
-            return Some(*g);
+        if let Some(at) = GPR_POOL.iter().position(|r| *r == host) {
+            return self.gprs.get(at).copied();
         }
         // Implicit operands the stub can leave in their own registers.
         matches!(host, Register::RAX | Register::RCX | Register::RDX).then(|| host.number() as u8)

@@ -40,7 +40,8 @@ pub fn select(insn: &mut Insn) -> Option<Handler> {
     match assist::bind(&insn.raw) {
         Some(packed) if assist::host_has(&insn.raw) => {
             insn.imm = packed;
-            Some(native)
+            let x87 = assist::lookup(packed).is_some_and(|(stub, _)| stub.stack().is_some());
+            Some(if x87 { super::x87::native } else { native })
         }
         Some(_) => Some(unavailable),
         // CPUID offers no extension with these encodings but those that stubs serve, and XCR0
@@ -306,7 +307,7 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
 
 /// Puts the memory operand into the frame, in stores of the size the stub loads.
 #[inline(always)]
-fn load_operand(cpu: &mut Cpu, insn: &Insn, size: usize) -> Result<(), Stop> {
+pub(super) fn load_operand(cpu: &mut Cpu, insn: &Insn, size: usize) -> Result<(), Stop> {
     let offset = cpu.effective_address(insn);
     match size {
         16 => {

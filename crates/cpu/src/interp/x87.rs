@@ -9,7 +9,7 @@
 
 use iced_x86::{Code, Mnemonic, OpKind};
 
-use crate::assist::Class;
+use crate::assist::{self, Class, MemoryUse, StackUse, Stub};
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
 use crate::events::vector;
@@ -36,6 +36,11 @@ const FCW_FIXED: u16 = 0x40;
 const EXCEPTIONS: u16 = 0x3f;
 const ES: u16 = 1 << 7;
 const BUSY: u16 = 1 << 15;
+const C1: u16 = 1 << 9;
+/// C0 to C3.
+const CONDITIONS: u16 = 0x4700;
+/// Exception flags and SF.
+const STICKY: u16 = 0x7f;
 
 /// The handler, if the instruction is of this family.
 pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
@@ -341,6 +346,85 @@ fn load_environment(cpu: &mut Cpu, image: &[u8; 28], wide: bool) {
     x.set_u64(at::FIP, pointer(cs, ip));
     x.set_u64(at::FDP, pointer(ds, dp));
     set_control(cpu, fcw);
+}
+
+/// Runs an arithmetic, load, store or comparison instruction on the host: the short way if every
+/// exception is masked, the registers it uses hold values and there is room for what it pushes;
+/// else with the whole x87 state.
+pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
+    let Some((stub, _)) = assist::lookup(insn.imm) else {
+        return Err(Stop::Unimplemented);
+    };
+    match stub.stack() {
+        Some(stack) if takes_short_way(cpu, stack) => {
+            cpu.check_class(Class::X87)?;
+            cpu.check_x87_pending()?;
+            short_way(cpu, insn, stub, stack)
+        }
+        _ => super::simd::native(cpu, insn),
+    }
+}
+
+fn takes_short_way(cpu: &Cpu, stack: &StackUse) -> bool {
+    let x = &cpu.state.xsave;
+    // Bit n: ST(n) holds a value.
+    let valid = x.0[at::FTW].rotate_right(top(cpu) as u32);
+    let used = (1 << stack.loads) - 1;
+    x.u16(at::FCW) & EXCEPTIONS == EXCEPTIONS
+        && valid & used == used
+        && !(stack.pushes && valid & 0x80 != 0)
+}
+
+fn short_way(cpu: &mut Cpu, insn: &Insn, stub: &Stub, stack: &StackUse) -> Result<(), Stop> {
+    let size = usize::from(stub.size);
+    if stub.memory == MemoryUse::Read {
+        super::simd::load_operand(cpu, insn, size)?;
+    }
+    cpu.counters.assisted += 1;
+    let loads = usize::from(stack.loads);
+    let (registers, _) = cpu.state.xsave.0[at::ST..at::ST + 128].as_chunks::<16>();
+    for (slot, st) in cpu.assist.st.iter_mut().zip(&registers[..loads]) {
+        *slot = *st;
+    }
+    cpu.assist.fcw = cpu.state.xsave.u16(at::FCW).into();
+
+    stub.call_short(&mut cpu.assist);
+
+    if stub.memory == MemoryUse::Write {
+        let data = cpu.assist.memory;
+        cpu.write_operand(insn, data.get(..size).unwrap_or_default())?;
+    }
+    let old = top(cpu);
+    let new = old
+        .wrapping_add(usize::from(stack.pops))
+        .wrapping_sub(stack.pushes.into())
+        & 7;
+    set_top(cpu, new);
+    let x = &mut cpu.state.xsave;
+    let (registers, _) = x.0[at::ST..at::ST + 128].as_chunks_mut::<16>();
+    for (st, slot) in registers
+        .iter_mut()
+        .zip(&cpu.assist.st[..usize::from(stack.stores())])
+    {
+        st[..10].copy_from_slice(&slot[..10]);
+    }
+    for n in 0..usize::from(stack.pops) {
+        x.0[at::FTW] &= !(1 << (old.wrapping_add(n) & 7));
+    }
+    if stack.pushes {
+        x.0[at::FTW] |= 1 << new;
+    }
+    let defined = if stack.compares { CONDITIONS } else { C1 };
+    let fsw = cpu.assist.fsw as u16;
+    x.set_u16(
+        at::FSW,
+        x.u16(at::FSW) & !defined | fsw & (defined | STICKY),
+    );
+    if stub.flags != 0 {
+        cpu.state.rflags = cpu.state.rflags & !stub.flags | cpu.assist.flags() & stub.flags;
+    }
+    note_instruction(cpu, insn);
+    Ok(())
 }
 
 /// Whether an instruction that runs on the host is a control instruction all the same.
