@@ -3,7 +3,7 @@
 use iced_x86::FlowControl;
 
 use crate::block::{Block, BlockId, MAX_INSNS};
-use crate::cpu::Cpu;
+use crate::cpu::{Counters, Cpu};
 use crate::debug::{self, DR6_BS, Watch};
 use crate::decode::{self, DecodeError, Insn, MAX_INSN_LEN};
 use crate::events::{SHADOW_MOV_SS, vector};
@@ -40,8 +40,13 @@ impl Cpu {
         if self.io.pending() {
             self.complete_io()?;
         }
-        let end = self.counters.instructions.saturating_add(budget);
-        while self.counters.instructions < end {
+        // Deliveries count too: a handler that faults at its first instruction completes none.
+        let spent = |c: &Counters| c.instructions.wrapping_add(c.events);
+        let start = spent(&self.counters);
+        while spent(&self.counters).wrapping_sub(start) < budget {
+            if self.check_events {
+                self.exit_behind_instruction()?;
+            }
             if self.requests.pending() != 0 {
                 self.serve_requests()?;
             }
@@ -54,7 +59,13 @@ impl Cpu {
                 self.run_block()?;
             }
         }
-        Ok(())
+        self.exit_behind_instruction()
+    }
+
+    /// The exit of an instruction that has completed (HLT, MOV to CR8). It comes before anything
+    /// else ends the run: the state alone would not show it.
+    fn exit_behind_instruction(&mut self) -> Step {
+        self.exit.take().map_or(Ok(()), Err)
     }
 
     /// Finishes what the last exit left half done.
@@ -99,10 +110,6 @@ impl Cpu {
     /// Delivers what is pending and deliverable, in the order of SDM Vol. 3, table 6-2.
     fn serve_events(&mut self) -> Step {
         self.check_events = false;
-        if let Some(exit) = self.exit.take() {
-            self.check_events = true;
-            return Err(exit);
-        }
         if self.state.events.triple_fault {
             self.state.events.triple_fault = false;
             return Err(Exit::Shutdown);

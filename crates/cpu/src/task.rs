@@ -4,7 +4,7 @@
 use crate::cpu::Cpu;
 use crate::descriptor::{Descriptor, is_null, selector_error, system_type};
 use crate::events::vector;
-use crate::exit::Stop;
+use crate::exit::{Fault, Stop};
 use crate::segment::{null_segment, v86_segment};
 use crate::state::{Segment, cr0, cr4, rflags, seg};
 
@@ -108,7 +108,9 @@ impl Cpu {
         self.state.tr = tss.segment();
         self.state.cr0 |= cr0::TS;
         self.state.dr7 &= !DR7_LOCAL;
-        let loaded = self.load_task(&new, wide);
+        let loaded = self
+            .load_task(&new, wide)
+            .and_then(|()| self.task_trap(&new, why));
         if loaded == Err(Stop::Fault) {
             // The switch stays; the fault is taken in the new task, at its first instruction.
             self.fault.trap = true;
@@ -234,11 +236,22 @@ impl Cpu {
         if new.eip > self.state.seg[usize::from(seg::CS)].limit {
             return Err(self.gp0());
         }
-        if new.trap {
-            self.debug_hits |= DR6_BT;
-        }
         self.recheck_events();
         Ok(())
+    }
+
+    /// The new task's T flag: #DB before its first instruction (SDM Vol. 3, 18.3.1.5).
+    fn task_trap(&mut self, new: &Fields, why: TaskSwitch) -> Result<(), Stop> {
+        // During a delivery another exception would count as one met on the way.
+        if !new.trap || why == TaskSwitch::Interrupt {
+            return Ok(());
+        }
+        Err(self.raise(Fault {
+            vector: vector::DB,
+            error_code: None,
+            payload: DR6_BT,
+            trap: true,
+        }))
     }
 
     fn load_task_cr3(&mut self, cr3: u64) -> Result<(), Stop> {
