@@ -34,7 +34,7 @@ const FIRST_SOURCE: u64 = 2;
 
 /// A file descriptor the thread watches for input.
 pub(crate) trait Source: Send + Sync {
-    /// It is readable: take what is there. Called on the event thread.
+    /// It is readable: take what is there. Called on the event thread; must not watch or unwatch.
     fn ready(&self);
 }
 
@@ -205,7 +205,7 @@ impl EventThread {
         Ok(token)
     }
 
-    /// Stops watching. A call of [`Source::ready`] may still be under way.
+    /// Stops watching. When it returns, no call of [`Source::ready`] is under way.
     pub(crate) fn unwatch(&self, fd: &OwnedFd, token: u64) {
         // Fails only if the descriptor is not watched.
         let _ = epoll::delete(&self.shared.epoll, fd.as_fd());
@@ -261,8 +261,8 @@ impl Shared {
                         timers = true;
                     }
                     token => {
-                        let source = self.sources().by_token.get(&token).cloned();
-                        if let Some(source) = source {
+                        // Locked over the call: once `unwatch` has returned there is none any more.
+                        if let Some(source) = self.sources().by_token.get(&token) {
                             source.ready();
                         }
                     }
