@@ -135,7 +135,8 @@ pub(crate) fn segment_number(r: Register) -> Option<u8> {
     })
 }
 
-/// The segment code of an access through this segment register in this mode.
+/// The segment code of an access through this segment register in this mode. Flat or not, CS is
+/// checked outside 64-bit mode: it cannot be written.
 pub fn segment_code(n: u8, mode: Mode) -> u8 {
     if mode.code64() {
         match n {
@@ -143,7 +144,7 @@ pub fn segment_code(n: u8, mode: Mode) -> u8 {
             seg::SS => SEG_FLAT_SS,
             _ => SEG_FLAT,
         }
-    } else if mode.flat() && n < seg::FS {
+    } else if mode.flat() && n < seg::FS && n != seg::CS {
         if n == seg::SS { SEG_FLAT_SS } else { SEG_FLAT }
     } else {
         n | SEG_CHECKED

@@ -8,14 +8,14 @@ mod native;
 
 use anykvm_cpu::decode::{self, DecodeError, Insn};
 use anykvm_cpu::events::vector;
-use anykvm_cpu::state::rflags;
+use anykvm_cpu::state::{rflags, seg};
 use anykvm_cpu::{Mode, Stop};
 use harness::Computer;
 use std::ops::RangeInclusive;
 
 use iced_x86::{
-    Code, ConstantOffsets, Decoder, DecoderOptions, FlowControl, Formatter, Instruction,
-    InstructionInfoFactory, Mnemonic, OpCodeTableKind, OpKind, Register,
+    Code, CodeSize, ConstantOffsets, Decoder, DecoderOptions, EncodingKind, FlowControl, Formatter,
+    Instruction, InstructionInfoFactory, Mnemonic, OpCodeTableKind, OpKind, Register,
 };
 use native::{
     CODE, DATA, DATA_BYTES, End, Host, LANDING_COUNT, LANDING_STEP, LANDINGS, Registers, host,
@@ -70,12 +70,12 @@ impl Random {
 type Opcodes = [&'static [RangeInclusive<u8>]];
 
 /// A random encoding: prefixes, REX, an opcode, and bytes enough for the rest.
-fn encoding(random: &mut Random, opcodes: &Opcodes) -> Vec<u8> {
+fn encoding(random: &mut Random, opcodes: &Opcodes, bits: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
     while random.below(3) == 0 && bytes.len() < 3 {
         bytes.push(random.pick(&[0x66, 0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x2e, 0x3e]));
     }
-    if random.below(2) == 0 {
+    if bits == 64 && random.below(2) == 0 {
         bytes.push(0x40 | random.below(16) as u8);
     }
     let maps: Vec<usize> = (0..opcodes.len())
@@ -201,6 +201,11 @@ impl Setup<'_> {
         offsets: &ConstantOffsets,
         bytes: &mut [u8],
     ) -> Option<()> {
+        let pointer = if raw.code_size() == CodeSize::Code64 {
+            8
+        } else {
+            4
+        };
         let string = raw.is_string_instruction();
         if string {
             let wide = (0..raw.op_count())
@@ -249,7 +254,7 @@ impl Setup<'_> {
             let at = self.operand(raw, offsets, bytes)?;
             if raw.is_jmp_near_indirect() || raw.is_call_near_indirect() {
                 let target = self.landing();
-                self.put(at, &target.to_le_bytes());
+                self.put(at, &target.to_le_bytes()[..pointer]);
             }
             // Exchanges that find what they compare with.
             if self.random.below(2) == 0 && at >= DATA && at + 16 <= DATA + DATA_BYTES as u64 {
@@ -272,7 +277,7 @@ impl Setup<'_> {
             self.set(Register::RSP, sp)?;
             if raw.flow_control() == FlowControl::Return {
                 let target = self.landing();
-                self.put(sp, &target.to_le_bytes());
+                self.put(sp, &target.to_le_bytes()[..pointer]);
             }
         }
         if matches!(raw.mnemonic(), Mnemonic::Enter | Mnemonic::Leave) {
@@ -280,7 +285,7 @@ impl Setup<'_> {
             self.set(Register::RBP, bp)?;
         }
         match raw.op0_kind() {
-            OpKind::NearBranch64 => {
+            OpKind::NearBranch32 | OpKind::NearBranch64 => {
                 let target = self.landing();
                 let relative = target.wrapping_sub(CODE + raw.len() as u64);
                 let at = offsets.immediate_offset();
@@ -327,7 +332,7 @@ fn run_guest(c: &mut Computer, insn: &Insn, before: &Registers) -> (Registers, E
                 end = End::Signal(match c.cpu.fault().vector {
                     vector::DE => libc::SIGFPE,
                     vector::UD => libc::SIGILL,
-                    vector::GP | vector::PF => libc::SIGSEGV,
+                    vector::GP | vector::PF | vector::BR => libc::SIGSEGV,
                     vector::SS => libc::SIGBUS,
                     v => panic!("vector {v}"),
                 });
@@ -348,14 +353,30 @@ fn run_guest(c: &mut Computer, insn: &Insn, before: &Registers) -> (Registers, E
     (after, end)
 }
 
-fn computer() -> Computer {
+fn computer(bits: u32) -> Computer {
     let mut c = Computer::long(2 << 20, CODE, TABLES);
     for page in 0..512 {
         if !(DATA..DATA + DATA_BYTES as u64).contains(&(page << 12)) {
             c.put64(PTES + page * 8, 0);
         }
     }
+    if bits == 32 {
+        // Compatibility mode: the same paging, so the same faults.
+        c.cpu.state.seg[usize::from(seg::CS)].attr = 0xc09b;
+        c.cpu.state_changed();
+    }
     c
+}
+
+/// What 32-bit code sees of the registers.
+fn visible(mut r: Registers, bits: u32) -> Registers {
+    if bits == 32 {
+        for v in &mut r.gpr {
+            *v &= 0xffff_ffff;
+        }
+        r.gpr[8..].fill(0);
+    }
+    r
 }
 
 fn report(
@@ -426,6 +447,9 @@ fn excluded(raw: &Instruction, has_66: bool, has_rep: bool) -> bool {
         || raw.op_code().table() == OpCodeTableKind::T0F
             && raw.op_code().op_code() == 0xc7
             && !matches!(raw.mnemonic(), Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b)
+        // EVEX behind BOUND's opcode; interrupt flag and HLT between CLC and STD.
+        || raw.encoding() != EncodingKind::Legacy
+        || matches!(raw.mnemonic(), Mnemonic::Cli | Mnemonic::Sti)
         // Control, debug and segment registers.
         || (0..raw.op_count()).any(|i| {
             let r = raw.op_register(i);
@@ -433,13 +457,14 @@ fn excluded(raw: &Instruction, has_66: bool, has_rep: bool) -> bool {
         })
 }
 
-fn check(name: &str, opcodes: &Opcodes, rounds: u64) {
+fn check(name: &str, bits: u32, opcodes: &Opcodes, rounds: u64) {
     let setting = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
     let seed = setting("ANYKVM_SEED").unwrap_or(1);
     let rounds = rounds * setting("ANYKVM_ROUNDS").unwrap_or(1);
     let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ seed << 32 ^ name.len() as u64);
     let mut host = host();
-    let mut c = computer();
+    host.set_bits(bits);
+    let mut c = computer(bits);
     let mode: Mode = c.cpu.mode();
     let initial: Vec<u8> = (0..DATA_BYTES).map(|_| random.next() as u8).collect();
     host.set_data(DATA, &initial);
@@ -451,8 +476,8 @@ fn check(name: &str, opcodes: &Opcodes, rounds: u64) {
     let mut info = InstructionInfoFactory::new();
     let mut memory = vec![0; DATA_BYTES];
     for _ in 0..rounds {
-        let mut bytes = encoding(&mut random, opcodes);
-        let mut decoder = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE);
+        let mut bytes = encoding(&mut random, opcodes, bits);
+        let mut decoder = Decoder::with_ip(bits, &bytes, 0, DecoderOptions::NONE);
         let raw = decoder.decode();
         let has_66 = bytes[..4].contains(&0x66);
         let mut offsets = ConstantOffsets::default();
@@ -484,13 +509,13 @@ fn check(name: &str, opcodes: &Opcodes, rounds: u64) {
         if !raw.is_invalid() && setup.prepare(&raw, &offsets, &mut bytes).is_none() {
             continue;
         }
-        let mut regs = setup.regs;
+        let mut regs = visible(setup.regs, bits);
         bytes.truncate(if raw.is_invalid() { 15 } else { raw.len() });
         let insn = match decode::decode(&bytes, mode) {
             Ok(insn) => insn,
             Err(DecodeError::Invalid) => {
-                // 8F with a reserved extension is AMD's XOP space.
-                if bytes[..6].contains(&0x8f) {
+                // 8F with a reserved extension is AMD's XOP space, 62 is EVEX's.
+                if bytes[..6].iter().any(|b| matches!(b, 0x8f | 0x62)) {
                     continue;
                 }
                 host.put(&bytes);
@@ -537,8 +562,13 @@ fn check(name: &str, opcodes: &Opcodes, rounds: u64) {
                 regs.flags =
                     regs.flags & rflags::DF | random.next() & rflags::STATUS | rflags::FIXED;
             }
+            regs = visible(regs, bits);
             let expected = host.run(&regs);
             let got = run_guest(&mut c, &insn, &regs);
+            let (expected, got) = (
+                (visible(expected.0, bits), expected.1),
+                (visible(got.0, bits), got.1),
+            );
             done += 1;
             *seen
                 .entry(format!("{:?}", insn.raw.mnemonic()))
@@ -547,7 +577,10 @@ fn check(name: &str, opcodes: &Opcodes, rounds: u64) {
             let loose = undefined_flags(&insn.raw);
             let differ = (expected.0.flags ^ got.0.flags) & FLAGS;
             let same_memory = memory == host.data();
-            if expected.0.gpr != got.0.gpr
+            // A POPA that faults half way may have loaded some registers; this one never has.
+            let partial = matches!(insn.raw.mnemonic(), Mnemonic::Popa | Mnemonic::Popad)
+                && matches!(expected.1, End::Signal(_));
+            if expected.0.gpr != got.0.gpr && !partial
                 || expected.1 != got.1
                 || differ & !loose != 0
                 || !same_memory
@@ -590,6 +623,7 @@ fn check(name: &str, opcodes: &Opcodes, rounds: u64) {
 fn arith_and_logic() {
     check(
         "arith and logic",
+        64,
         &[&[
             0x00..=0x05,
             0x08..=0x0d,
@@ -613,6 +647,7 @@ fn arith_and_logic() {
 fn shifts() {
     check(
         "shifts",
+        64,
         &[&[0xc0..=0xc1, 0xd0..=0xd3], &[0xa4..=0xa5, 0xac..=0xad]],
         20_000,
     );
@@ -622,6 +657,7 @@ fn shifts() {
 fn multiplication_and_division() {
     check(
         "muldiv",
+        64,
         &[&[0x69..=0x69, 0x6b..=0x6b, 0xf6..=0xf7], &[0xaf..=0xaf]],
         20_000,
     );
@@ -631,6 +667,7 @@ fn multiplication_and_division() {
 fn bits() {
     check(
         "bits",
+        64,
         &[
             &[],
             &[
@@ -651,6 +688,7 @@ fn bits() {
 fn moves() {
     check(
         "moves",
+        64,
         &[
             &[
                 0x63..=0x63,
@@ -683,6 +721,7 @@ fn moves() {
 fn exchanges() {
     check(
         "exchanges",
+        64,
         &[
             &[0x86..=0x87, 0x90..=0x97],
             &[0xb0..=0xb1, 0xc0..=0xc1, 0xc7..=0xc7],
@@ -695,6 +734,7 @@ fn exchanges() {
 fn stack() {
     check(
         "stack",
+        64,
         &[&[
             0x50..=0x5f,
             0x68..=0x68,
@@ -711,6 +751,7 @@ fn stack() {
 fn branches() {
     check(
         "branches",
+        64,
         &[
             &[
                 0x70..=0x7f,
@@ -728,5 +769,98 @@ fn branches() {
 
 #[test]
 fn strings() {
-    check("strings", &[&[0xa4..=0xa7, 0xaa..=0xaf]], 20_000);
+    check("strings", 64, &[&[0xa4..=0xa7, 0xaa..=0xaf]], 20_000);
+}
+
+#[test]
+fn legacy_arith_and_moves() {
+    check(
+        "32-bit arith and moves",
+        32,
+        &[
+            &[
+                0x00..=0x05,
+                0x08..=0x0d,
+                0x10..=0x15,
+                0x18..=0x1d,
+                0x20..=0x25,
+                0x28..=0x2d,
+                0x30..=0x35,
+                0x38..=0x3d,
+                0x40..=0x4f,
+                0x69..=0x69,
+                0x6b..=0x6b,
+                0x80..=0x8b,
+                0x8d..=0x8d,
+                0x90..=0x99,
+                0x9e..=0xa3,
+                0xa8..=0xa9,
+                0xb0..=0xbf,
+                0xc0..=0xc1,
+                0xc6..=0xc7,
+                0xd0..=0xd3,
+                0xd7..=0xd7,
+                0xf5..=0xfe,
+            ],
+            &[
+                0x40..=0x4f,
+                0x90..=0x9f,
+                0xa3..=0xa5,
+                0xab..=0xad,
+                0xaf..=0xb1,
+                0xb3..=0xb3,
+                0xb6..=0xb7,
+                0xba..=0xc1,
+                0xc7..=0xcf,
+            ],
+        ],
+        30_000,
+    );
+}
+
+#[test]
+fn legacy_stack_and_branches() {
+    check(
+        "32-bit stack and branches",
+        32,
+        &[
+            &[
+                0x50..=0x61,
+                0x68..=0x68,
+                0x6a..=0x6a,
+                0x70..=0x7f,
+                0x8f..=0x8f,
+                0xc2..=0xc3,
+                0xc8..=0xc9,
+                0xe0..=0xe3,
+                0xe8..=0xe9,
+                0xeb..=0xeb,
+                0xff..=0xff,
+            ],
+            &[0x80..=0x8f],
+        ],
+        20_000,
+    );
+}
+
+#[test]
+fn legacy_strings() {
+    check("32-bit strings", 32, &[&[0xa4..=0xa7, 0xaa..=0xaf]], 10_000);
+}
+
+#[test]
+fn decimal_and_bound() {
+    check(
+        "decimal",
+        32,
+        &[&[
+            0x27..=0x27,
+            0x2f..=0x2f,
+            0x37..=0x37,
+            0x3f..=0x3f,
+            0x62..=0x62,
+            0xd4..=0xd6,
+        ]],
+        20_000,
+    );
 }

@@ -9,7 +9,7 @@ use crate::events::vector;
 use crate::exit::Stop;
 use crate::mode::Mode;
 use crate::native::alu::{Alu, merge, status};
-use crate::state::rflags::{AF, CF, PF, SF, ZF};
+use crate::state::rflags::{AF, CF};
 use crate::state::{CpuState, reg};
 use crate::width::Width;
 
@@ -25,50 +25,54 @@ fn adjusts(s: &CpuState) -> bool {
     al(s) & 15 > 9 || s.rflags & AF != 0
 }
 
-/// Sets AL, and SF, ZF and PF by it.
-fn set_al(s: &mut CpuState, v: u8) {
-    v.set(&mut s.regs, reg::RAX);
-    s.rflags = merge(s.rflags, u8::and(v, v).1, SF | ZF | PF);
-}
-
 fn set_carries(s: &mut CpuState, af: bool, cf: bool) {
     let bits = if af { AF } else { 0 } | if cf { CF } else { 0 };
     s.rflags = merge(s.rflags, bits, AF | CF);
 }
 
+/// DAA. OF is undefined; it comes out as that of the one addition the two adjustments make.
 fn daa(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
     let s = &mut cpu.state;
     let old = al(s);
     let low = adjusts(s);
     let high = old > 0x99 || s.rflags & CF != 0;
-    let v = old.wrapping_add(if low { 6 } else { 0 });
-    set_al(s, v.wrapping_add(if high { 0x60 } else { 0 }));
+    let by = if low { 6 } else { 0 } + if high { 0x60 } else { 0 };
+    let (v, flags) = u8::add(old, by);
+    v.set(&mut s.regs, reg::RAX);
+    s.rflags = status(s.rflags, flags);
     set_carries(s, low, high);
     Ok(())
 }
 
+/// DAS; see [`daa`].
 fn das(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
     let s = &mut cpu.state;
     let old = al(s);
     let low = adjusts(s);
     let high = old > 0x99 || s.rflags & CF != 0;
-    let (v, borrow) = old.overflowing_sub(if low { 6 } else { 0 });
-    set_al(s, v.wrapping_sub(if high { 0x60 } else { 0 }));
-    set_carries(s, low, high || borrow);
+    let by = if low { 6 } else { 0 } + if high { 0x60 } else { 0 };
+    let (v, flags) = u8::sub(old, by);
+    v.set(&mut s.regs, reg::RAX);
+    s.rflags = status(s.rflags, flags);
+    // The first adjustment alone may borrow.
+    set_carries(s, low, high || low && old < 6);
     Ok(())
 }
 
-/// AAA (`UP`) and AAS.
+/// AAA (`UP`) and AAS. OF, SF, ZF and PF are undefined; they come out as those of the addition to AX
+/// before AL is cut to a digit.
 fn ascii_adjust<const UP: bool>(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
     let s = &mut cpu.state;
     let adjust = adjusts(s);
+    let by = if adjust { 0x106 } else { 0 };
     let ax = u16::get(&s.regs, reg::RAX);
-    let ax = match (adjust, UP) {
-        (false, _) => ax,
-        (true, true) => ax.wrapping_add(0x106),
-        (true, false) => ax.wrapping_sub(0x106),
+    let (ax, flags) = if UP {
+        u16::add(ax, by)
+    } else {
+        u16::sub(ax, by)
     };
     (ax & 0xff0f).set(&mut s.regs, reg::RAX);
+    s.rflags = status(s.rflags, flags);
     set_carries(s, adjust, adjust);
     Ok(())
 }

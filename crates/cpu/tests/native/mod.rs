@@ -1,12 +1,14 @@
 //! The host processor as an oracle: runs one instruction with given registers, flags and memory, at
 //! the same addresses as the guest under test, and says what became of them.
 
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use iced_x86::code_asm::{
-    CodeAssembler, qword_ptr, r8, r9, r10, r11, r12, r13, r14, r15, rax, rbp, rbx, rcx, rdi, rdx,
-    rsi, rsp,
+    CodeAssembler, ds, eax, es, qword_ptr, r8, r9, r10, r11, r12, r13, r14, r15, rax, rbp, rbx,
+    rcx, rdi, rdx, rsi, rsp,
 };
+use iced_x86::{BlockEncoderOptions, IcedError};
 
 /// Where the instruction is.
 pub const CODE: u64 = 0x18_0000;
@@ -23,11 +25,18 @@ pub const DATA_BYTES: usize = 0x4000;
 
 const CONTEXT: u64 = 0x17_0000;
 const STUB: u64 = 0x16_0000;
+const STUB32: u64 = STUB + 0x800;
 const FLAGS_IN: u64 = CONTEXT + 0x80;
 const REGS_OUT: u64 = CONTEXT + 0x100;
 const FLAGS_OUT: u64 = CONTEXT + 0x180;
 const HOST_RSP: u64 = CONTEXT + 0x200;
 const LANDED: u64 = CONTEXT + 0x208;
+const FAR_POINTER: u64 = CONTEXT + 0x210;
+
+/// Linux's selectors for user programs.
+const USER_CS: u16 = 0x33;
+const USER32_CS: u16 = 0x23;
+const USER_DS: u16 = 0x2b;
 
 /// Registers and flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,10 +59,11 @@ pub enum End {
 /// The oracle; one user at a time.
 pub struct Host {
     epilogue: u64,
+    bits: u32,
 }
 
-static SIGNAL: std::sync::atomic::AtomicI32 = std::sync::atomic::AtomicI32::new(0);
-static EPILOGUE: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+static EPILOGUE: AtomicU64 = AtomicU64::new(0);
 
 /// The oracle, made on first use.
 pub fn host() -> MutexGuard<'static, Host> {
@@ -89,6 +99,78 @@ fn peek(at: u64) -> u64 {
     unsafe { (at as *const u64).read() }
 }
 
+/// Code that enters 64-bit and 32-bit code at [`CODE`], and the address that leaves it again.
+fn write_stubs() -> Result<u64, IcedError> {
+    let saved = [rbx, rbp, r12, r13, r14, r15];
+    // RSP last: its slot is the fifth.
+    let gprs = [
+        (0, rax),
+        (1, rcx),
+        (2, rdx),
+        (3, rbx),
+        (5, rbp),
+        (6, rsi),
+        (7, rdi),
+        (8, r8),
+        (9, r9),
+        (10, r10),
+        (11, r11),
+        (12, r12),
+        (13, r13),
+        (14, r14),
+        (15, r15),
+        (4, rsp),
+    ];
+    let enter = |a: &mut CodeAssembler| {
+        for r in saved {
+            a.push(r)?;
+        }
+        a.pushfq()?;
+        a.mov(qword_ptr(HOST_RSP), rsp)?;
+        a.push(qword_ptr(FLAGS_IN))?;
+        a.popfq()?;
+        for (n, r) in gprs {
+            a.mov(r, qword_ptr(CONTEXT + 8 * n))?;
+        }
+        Ok::<_, IcedError>(())
+    };
+    let mut a = CodeAssembler::new(64)?;
+    enter(&mut a)?;
+    a.jmp(CODE)?;
+    let mut epilogue = a.create_label();
+    a.set_label(&mut epilogue)?;
+    for (n, r) in gprs {
+        a.mov(qword_ptr(REGS_OUT + 8 * n), r)?;
+    }
+    a.mov(rsp, qword_ptr(HOST_RSP))?;
+    a.pushfq()?;
+    a.pop(qword_ptr(FLAGS_OUT))?;
+    a.popfq()?;
+    for r in saved.into_iter().rev() {
+        a.pop(r)?;
+    }
+    a.ret()?;
+    let options = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
+    let code = a.assemble_options(STUB, options)?;
+    poke(STUB, &code.inner.code_buffer);
+
+    // 32-bit code needs data segments, which 64-bit processes start without.
+    let mut b = CodeAssembler::new(64)?;
+    b.mov(eax, i32::from(USER_DS))?;
+    b.mov(ds, eax)?;
+    b.mov(es, eax)?;
+    enter(&mut b)?;
+    // jmp far [FAR_POINTER]
+    let mut jump = vec![0xff, 0x2c, 0x25];
+    jump.extend((FAR_POINTER as u32).to_le_bytes());
+    let mut code32 = b.assemble(STUB32)?;
+    code32.extend(jump);
+    poke(STUB32, &code32);
+    poke(FAR_POINTER, &(CODE as u32).to_le_bytes());
+    poke(FAR_POINTER + 4, &USER32_CS.to_le_bytes());
+    code.label_ip(&epilogue)
+}
+
 extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes the interrupted context.
     let gregs = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
@@ -96,8 +178,10 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
     if !(CODE..CODE + 0x1000).contains(&rip) {
         std::process::abort();
     }
-    SIGNAL.store(signal, std::sync::atomic::Ordering::SeqCst);
-    gregs[libc::REG_RIP as usize] = EPILOGUE.load(std::sync::atomic::Ordering::SeqCst) as i64;
+    SIGNAL.store(signal, Ordering::SeqCst);
+    gregs[libc::REG_RIP as usize] = EPILOGUE.load(Ordering::SeqCst) as i64;
+    let selectors = &mut gregs[libc::REG_CSGSFS as usize];
+    *selectors = *selectors & !0xffff | i64::from(USER_CS);
 }
 
 impl Host {
@@ -106,53 +190,8 @@ impl Host {
         map(CONTEXT, 0x1000, false);
         map(STUB, 0x1000, true);
         map(CODE, 0x1000, true);
-        let mut a = CodeAssembler::new(64).unwrap();
-        let epilogue = (|| {
-            let saved = [rbx, rbp, r12, r13, r14, r15];
-            let gprs = [
-                rax, rcx, rdx, rbx, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, rsp,
-            ];
-            let slot = |r| match r {
-                15 => 4,
-                4.. => r + 1,
-                _ => r,
-            };
-            for r in saved {
-                a.push(r)?;
-            }
-            a.pushfq()?;
-            a.mov(qword_ptr(HOST_RSP), rsp)?;
-            a.push(qword_ptr(FLAGS_IN))?;
-            a.popfq()?;
-            for (n, r) in gprs.into_iter().enumerate() {
-                a.mov(r, qword_ptr(CONTEXT + 8 * slot(n as u64)))?;
-            }
-            a.jmp(CODE)?;
-            let mut epilogue = a.create_label();
-            a.set_label(&mut epilogue)?;
-            for (n, r) in gprs.into_iter().enumerate() {
-                a.mov(qword_ptr(REGS_OUT + 8 * slot(n as u64)), r)?;
-            }
-            a.mov(rsp, qword_ptr(HOST_RSP))?;
-            a.pushfq()?;
-            a.pop(qword_ptr(FLAGS_OUT))?;
-            a.popfq()?;
-            for r in saved.into_iter().rev() {
-                a.pop(r)?;
-            }
-            a.ret()?;
-            Ok::<_, iced_x86::IcedError>(epilogue)
-        })()
-        .unwrap();
-        let code = a
-            .assemble_options(
-                STUB,
-                iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS,
-            )
-            .unwrap();
-        poke(STUB, &code.inner.code_buffer);
-        let epilogue = code.label_ip(&epilogue).unwrap();
-        EPILOGUE.store(epilogue, std::sync::atomic::Ordering::SeqCst);
+        let epilogue = write_stubs().unwrap();
+        EPILOGUE.store(epilogue, Ordering::SeqCst);
         // SAFETY: installs a handler of the right type, on the alternate stack that Rust gives
         // every thread.
         unsafe {
@@ -163,19 +202,38 @@ impl Host {
                 libc::sigaction(signal, &action, std::ptr::null_mut());
             }
         }
-        let host = Self { epilogue };
-        for n in 0..LANDING_COUNT {
-            host.land(LANDINGS + n * LANDING_STEP);
-        }
+        let mut host = Self { epilogue, bits: 0 };
+        host.set_bits(64);
         host
+    }
+
+    /// Chooses 64-bit or 32-bit code.
+    pub fn set_bits(&mut self, bits: u32) {
+        if self.bits != bits {
+            self.bits = bits;
+            for n in 0..LANDING_COUNT {
+                self.land(LANDINGS + n * LANDING_STEP);
+            }
+        }
     }
 
     /// Puts code that ends the run at an address.
     fn land(&self, at: u64) {
-        let mut a = CodeAssembler::new(64).unwrap();
-        a.mov(qword_ptr(LANDED), at as i32).unwrap();
-        a.jmp(self.epilogue).unwrap();
-        poke(at, &a.assemble(at).unwrap());
+        if self.bits == 64 {
+            let mut a = CodeAssembler::new(64).unwrap();
+            a.mov(qword_ptr(LANDED), at as i32).unwrap();
+            a.jmp(self.epilogue).unwrap();
+            poke(at, &a.assemble(at).unwrap());
+        } else {
+            // mov dword [LANDED], at; jmp far USER_CS:epilogue
+            let mut code = vec![0xc7, 0x05];
+            code.extend((LANDED as u32).to_le_bytes());
+            code.extend((at as u32).to_le_bytes());
+            code.push(0xea);
+            code.extend((self.epilogue as u32).to_le_bytes());
+            code.extend(USER_CS.to_le_bytes());
+            poke(at, &code);
+        }
     }
 
     /// Puts the instruction in place.
@@ -202,10 +260,11 @@ impl Host {
             poke(CONTEXT + 8 * n, &v.to_le_bytes());
         }
         poke(FLAGS_IN, &before.flags.to_le_bytes());
-        SIGNAL.store(0, std::sync::atomic::Ordering::SeqCst);
+        SIGNAL.store(0, Ordering::SeqCst);
+        let stub = if self.bits == 64 { STUB } else { STUB32 };
         // SAFETY: the stub saves and restores what the calling convention asks for; the instruction
         // is one that only touches registers and memory, and faults come back by `on_signal`.
-        unsafe { std::mem::transmute::<u64, extern "C" fn()>(STUB)() };
+        unsafe { std::mem::transmute::<u64, extern "C" fn()>(stub)() };
         let mut after = Registers {
             flags: peek(FLAGS_OUT),
             ..Registers::default()
@@ -213,7 +272,7 @@ impl Host {
         for (n, v) in (0..).zip(&mut after.gpr) {
             *v = peek(REGS_OUT + 8 * n);
         }
-        let end = match SIGNAL.load(std::sync::atomic::Ordering::SeqCst) {
+        let end = match SIGNAL.load(Ordering::SeqCst) {
             0 => End::At(peek(LANDED)),
             signal => End::Signal(signal),
         };
