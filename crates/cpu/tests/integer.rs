@@ -552,9 +552,10 @@ fn check(name: &str, bits: u32, opcodes: &Opcodes, rounds: u64) {
                     break;
                 }
                 for (n, r) in regs.gpr.iter_mut().enumerate() {
-                    let free = !fixed.iter().any(|f| f.is_gpr() && f.number() == n)
-                        && !(insn.raw.op1_kind() == OpKind::Register
-                            && insn.raw.op1_register().full_register().number() == n);
+                    let fixed = fixed.iter().any(|f| f.is_gpr() && f.number() == n);
+                    let other = insn.raw.op1_kind() == OpKind::Register
+                        && insn.raw.op1_register().full_register().number() == n;
+                    let free = !fixed && !other;
                     if free && random.below(2) == 0 {
                         *r = random.value();
                     }

@@ -290,7 +290,7 @@ fn task_register() {
     let mut c = run_bytes(&[
         0xb8, 0x40, 0, 0, 0, 0x0f, 0, 0xd8, 0x0f, 0, 0xc9, 0x0f, 0, 0xd8,
     ]);
-    c.define(FREE, descriptor(0x1_2345_678, 0x67, 0x89, 0));
+    c.define(FREE, descriptor(0x1234_5678, 0x67, 0x89, 0));
     c.define(FREE + 8, 0xffff_8000);
     // The handler's stack must still be found.
     assert_eq!(c.run_to_handler(), u64::from(GP));

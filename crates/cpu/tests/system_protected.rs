@@ -74,10 +74,13 @@ fn outer_return_drops_segments() {
     assert_eq!(c.cpu.state.seg[usize::from(seg::SS)].selector, DATA0);
 }
 
+/// A descriptor, the selector to load, the register it goes to, the fault.
+type SegmentLoad = (u64, u16, u8, Option<(u8, u32)>);
+
 /// MOV Sreg (SDM Vol. 2, MOV): descriptor, register to load (3: DS, 2: SS), fault.
 #[test]
 fn segment_load_faults() {
-    let cases: &[(u64, u16, u8, Option<(u8, u32)>)] = &[
+    let cases: &[SegmentLoad] = &[
         // Readable code and data may go to DS, execute-only code and system segments may not.
         (descriptor(0, 1, 0x9a, 4), FREE, 3, None),
         (descriptor(0, 1, 0x98, 4), FREE, 3, Some((GP, 0x40))),
@@ -198,9 +201,7 @@ fn second_task(c: &mut Computer, base: u64, eip: u32) {
     words[8] = eip;
     words[9] = 2;
     words[14] = 0xd000;
-    for s in 18..24 {
-        words[s] = DATA0.into();
-    }
+    words[18..24].fill(DATA0.into());
     words[19] = CODE0.into();
     for (i, w) in words.iter().enumerate() {
         c.put(base + i as u64 * 4, &w.to_le_bytes());
@@ -335,6 +336,43 @@ fn virtual_8086_interrupts() {
     // CLI cleared VIF, which IRET had set again.
     assert_eq!(u64::from(c.stack32(3)) & (rflags::VIF | rflags::IF), 0);
     assert_eq!(c.get64(0x2000 + 0x800 - 2) as u16 & 0x3200, 0x3200);
+}
+
+/// Protected-mode virtual interrupts: CLI and STI at CPL 3 act on VIF (SDM Vol. 3, 20.4).
+#[test]
+fn protected_mode_virtual_interrupts() {
+    for (flags, want, vif) in [(0, UD, true), (rflags::VIP, GP, false)] {
+        // sti; ud2
+        let mut c = run_bytes(&[0xfb, 0x0f, 0x0b]);
+        c.user();
+        c.cpu.state.cr4 |= cr4::PVI;
+        c.cpu.state.rflags |= flags;
+        c.cpu.state_changed();
+        assert_eq!(c.run_to_handler(), want.into());
+        let at = if want == GP { 3 } else { 2 };
+        assert_eq!(u64::from(c.stack32(at)) & rflags::VIF != 0, vif);
+        assert_eq!(u64::from(c.stack32(at)) & rflags::IF, 0);
+    }
+    // Without PVI both are #GP(0) when CPL is above IOPL.
+    let mut c = run_bytes(&[0xfa]);
+    c.user();
+    assert_eq!(c.run_to_handler(), u64::from(GP));
+}
+
+/// POPF at CPL 3 leaves IF and IOPL alone; at IOPL 3 it changes IF.
+#[test]
+fn popf_privilege() {
+    for (iopl, changed) in [(0, false), (rflags::IOPL, true)] {
+        // push 0x202; popfd; ud2
+        let mut c = run_bytes(&[0x68, 2, 2, 0, 0, 0x9d, 0x0f, 0x0b]);
+        c.user();
+        c.cpu.state.rflags |= iopl;
+        c.cpu.state_changed();
+        assert_eq!(c.run_to_handler(), u64::from(UD));
+        let flags = u64::from(c.stack32(2));
+        assert_eq!(flags & rflags::IF != 0, changed);
+        assert_eq!(flags & rflags::IOPL, iopl);
+    }
 }
 
 /// MOV CR: reserved bits and inconsistent values are #GP(0) (SDM Vol. 2, MOV - control registers).
