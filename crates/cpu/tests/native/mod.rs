@@ -1,6 +1,8 @@
 //! The host processor as an oracle: runs one instruction with given registers, flags and memory, at
 //! the same addresses as the guest under test, and says what became of them.
 
+pub mod compare;
+
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
