@@ -351,17 +351,126 @@ fn halted_vcpus_wake_for_an_nmi() {
     assert_eq!(vcpu.vcpu_events().nmi.masked, 1);
 }
 
+/// mov ecx, index; mov eax, value; xor edx, edx; wrmsr
+fn wrmsr(index: u32, value: u32) -> Vec<u8> {
+    let mut code = vec![0x66, 0xb9];
+    code.extend(index.to_le_bytes());
+    code.extend([0x66, 0xb8]);
+    code.extend(value.to_le_bytes());
+    code.extend([0x66, 0x31, 0xd2, 0x0f, 0x30]);
+    code
+}
+
 #[test]
-#[ignore = "a measurement"]
-fn cost_of_an_exit() {
-    // out 0x10, al; jmp $-2
-    let mut fd = crate::VcpuFd::from(vcpu(&[0xe6, 0x10, 0xeb, 0xfc]));
-    for _ in 0..3 {
-        let start = Instant::now();
-        const N: u32 = 1_000_000;
-        for _ in 0..N {
-            assert!(matches!(fd.run(), Ok(crate::VcpuExit::IoOut(0x10, [_]))));
-        }
-        println!("{:?} an exit", start.elapsed() / N);
+fn kvmclock_and_wall_clock_are_written_before_the_guest_goes_on() {
+    let mut code = wrmsr(MSR_KVM_SYSTEM_TIME_NEW, 0x5001);
+    code.extend(wrmsr(MSR_KVM_WALL_CLOCK_NEW, 0x6000));
+    code.push(0xf4);
+    let vcpu = vcpu(&code);
+    vcpu.run().unwrap();
+    assert_eq!(reason(&vcpu), KVM_EXIT_HLT);
+    let mut info = [0; 32];
+    vcpu.vm().memory().read(0x5000, &mut info).unwrap();
+    let word = |at: usize| u32::from_le_bytes(info[at..at + 4].try_into().unwrap());
+    assert_eq!(
+        (word(0) & 1, word(0) == 0),
+        (0, false),
+        "a finished version"
+    );
+    assert_ne!(word(24), 0, "the multiplier");
+    let mut wall = [0; 12];
+    vcpu.vm().memory().read(0x6000, &mut wall).unwrap();
+    let seconds = u64::from(u32::from_le_bytes(wall[4..8].try_into().unwrap()));
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    assert!(now.as_secs().abs_diff(seconds) < 60);
+    // The VMM says that it stopped the guest: a flag in the page, on the next entry.
+    let version = word(0);
+    vcpu.kvmclock_ctrl().unwrap();
+    let mut regs = vcpu.regs();
+    regs.rip = CODE + code.len() as u64 - 1;
+    vcpu.set_regs(&regs).unwrap();
+    vcpu.run().unwrap();
+    vcpu.vm().memory().read(0x5000, &mut info).unwrap();
+    assert_ne!(info[29] & 2, 0);
+    assert_ne!(u32::from_le_bytes(info[..4].try_into().unwrap()), version);
+}
+
+#[test]
+fn hypercalls() {
+    // mov eax, 1; vmcall; mov esi, eax; mov eax, 100; vmmcall; hlt
+    let vcpu = vcpu(&[
+        0x66, 0xb8, 1, 0, 0, 0, 0x0f, 0x01, 0xc1, 0x66, 0x89, 0xc6, 0x66, 0xb8, 100, 0, 0, 0, 0x0f,
+        0x01, 0xd9, 0xf4,
+    ]);
+    vcpu.run().unwrap();
+    assert_eq!(reason(&vcpu), KVM_EXIT_HLT);
+    let regs = vcpu.regs();
+    assert_eq!(regs.rsi, 0, "KVM_HC_VAPIC_POLL_IRQ");
+    assert_eq!(regs.rax as u32, KVM_ENOSYS.wrapping_neg());
+}
+
+#[test]
+fn user_space_answers_msr_accesses() {
+    // mov ecx, 0xdead; rdmsr; hlt
+    let vm = vm(&[0x66, 0xb9, 0xad, 0xde, 0, 0, 0x0f, 0x32, 0xf4]);
+    vm.enable_cap(&kvm_enable_cap {
+        cap: KVM_CAP_X86_USER_SPACE_MSR,
+        args: [KVM_MSR_EXIT_REASON_UNKNOWN.into(), 0, 0, 0],
+        ..Default::default()
+    })
+    .unwrap();
+    let vcpu = vcpu_of(&vm);
+    let page = vcpu.machine().run();
+    vcpu.run().unwrap();
+    assert_eq!(
+        (reason(&vcpu), page.msr_index()),
+        (KVM_EXIT_X86_RDMSR, 0xdead)
+    );
+    assert_eq!(page.msr_reason(), KVM_MSR_EXIT_REASON_UNKNOWN);
+    page.set_msr_data(0x1_2222_3333);
+    vcpu.run().unwrap();
+    assert_eq!(reason(&vcpu), KVM_EXIT_HLT);
+    let regs = vcpu.regs();
+    assert_eq!((regs.rax, regs.rdx), (0x2222_3333, 1));
+}
+
+#[test]
+fn an_instruction_that_is_not_there_is_never_skipped() {
+    // getsec; hlt
+    let vcpu = vcpu(&[0x0f, 0x37, 0xf4]);
+    // Either #UD, whose handler at 0:0x3000 is hlt, or an emulation failure.
+    vcpu.vm().memory().write(6 * 4, &[0, 0x30, 0, 0]).unwrap();
+    vcpu.vm().memory().write(0x3000, &[0xf4]).unwrap();
+    vcpu.run().unwrap();
+    match reason(&vcpu) {
+        KVM_EXIT_HLT => assert_eq!(vcpu.regs().rip, 0x3001),
+        KVM_EXIT_INTERNAL_ERROR => assert_eq!(vcpu.regs().rip, CODE),
+        other => panic!("exit {other}"),
     }
+}
+
+#[test]
+fn an_apic_timer_ends_hlt() {
+    // xAPIC: SVR = 0x1ff, LVT timer = 0x30, divide by 1, count; sti; hlt; the handler writes a port.
+    let vm = vm(&[0xfb, 0xf4, 0xeb, 0xfd]);
+    vm.create_controllers(anykvm_irqchip::ChipMode::Full)
+        .unwrap();
+    let vcpu = vcpu_of(&vm);
+    vm.memory().write(0x30 * 4, &[0, 0x30, 0, 0]).unwrap();
+    vm.memory().write(0x3000, &[0xe6, 0x10]).unwrap();
+    let lapic = vcpu.machine().lapic().unwrap();
+    for (offset, value) in [
+        (0xf0, 0x1ffu32),
+        (0x320, 0x30),
+        (0x3e0, 0xb),
+        (0x380, 3_000_000),
+    ] {
+        assert!(lapic.mmio_write(offset, &value.to_le_bytes()));
+    }
+    let start = Instant::now();
+    vcpu.run().unwrap();
+    assert_eq!((reason(&vcpu), vcpu.regs().rip), (KVM_EXIT_IO, 0x3000));
+    assert!(start.elapsed() >= Duration::from_millis(2));
 }
