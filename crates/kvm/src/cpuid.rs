@@ -90,15 +90,29 @@ pub(crate) struct GuestCpuid {
 }
 
 impl GuestCpuid {
-    /// What user space gave, checked (`kvm_check_cpuid`).
-    pub fn new(entries: Vec<kvm_cpuid_entry2>) -> Result<Self> {
-        let table = CpuidTable::new(entries.iter().map(entry).collect());
+    /// What user space gave, checked (`kvm_check_cpuid`). Without a local APIC in KVM the guest does
+    /// not get to see the features that need one: QEMU leaves them in with `kernel-irqchip=off`, and
+    /// Linux has no other way to send an IPI once it has chosen the hypercall.
+    pub fn new(entries: Vec<kvm_cpuid_entry2>, apic_in_kernel: bool) -> Result<Self> {
+        let mut list: Vec<CpuidEntry> = entries.iter().map(entry).collect();
+        let mut table = CpuidTable::new(list.clone());
+        let feature_leaf = find_feature_leaf(&table);
+        if !apic_in_kernel {
+            for e in &mut list {
+                if Some(e.function) == feature_leaf {
+                    e.eax &= !(1 << KVM_FEATURE_PV_SEND_IPI | 1 << KVM_FEATURE_PV_UNHALT);
+                }
+            }
+            table = CpuidTable::new(list);
+        }
         // The width of linear addresses can only be that of 4- or 5-level paging.
         let linear_bits = table.find(0x8000_0008, 0).map_or(48, |e| e.eax >> 8 & 0xff);
         if !matches!(linear_bits, 0 | 48 | 57) {
             return Err(Errno::EINVAL);
         }
-        let features = find_features(&table);
+        let features = feature_leaf
+            .and_then(|leaf| table.find(leaf, 0))
+            .map(|e| e.eax);
         Ok(Self {
             entries,
             table,
@@ -175,7 +189,7 @@ fn entry(e: &kvm_cpuid_entry2) -> CpuidEntry {
 
 /// KVM's feature leaf lies behind the signature, which is at a multiple of 0x100 (other interfaces
 /// may come first).
-fn find_features(table: &CpuidTable) -> Option<u32> {
+fn find_feature_leaf(table: &CpuidTable) -> Option<u32> {
     let [signature, _] = kvm_leaves();
     let signature = (signature.ebx, signature.ecx, signature.edx);
     let base = (KVM_SIGNATURE..KVM_SIGNATURE + 0x1_0000)
@@ -185,7 +199,7 @@ fn find_features(table: &CpuidTable) -> Option<u32> {
                 .find(*leaf, 0)
                 .is_some_and(|e| (e.ebx, e.ecx, e.edx) == signature)
         })?;
-    table.find(base + 1, 0).map(|e| e.eax)
+    Some(base + 1)
 }
 
 /// XCR0 bits this processor has on this host.
@@ -218,18 +232,24 @@ mod tests {
         features.function += 0x100;
         features.eax = 1 << KVM_FEATURE_PV_UNHALT;
         let hyperv = leaf(KVM_SIGNATURE, None, 0x4000_0005, 0);
-        let cpuid = GuestCpuid::new(vec![hyperv, signature, features]).unwrap();
+        let list = vec![hyperv, signature, features];
+        let cpuid = GuestCpuid::new(list.clone(), false).unwrap();
+        assert!(!cpuid.has_kvm_feature(KVM_FEATURE_PV_UNHALT));
+        let cpuid = GuestCpuid::new(list, true).unwrap();
         assert!(cpuid.has_kvm_feature(KVM_FEATURE_PV_UNHALT));
         assert!(!cpuid.has_kvm_feature(KVM_FEATURE_PV_EOI));
     }
 
     #[test]
     fn index_counts_only_where_it_is_significant() {
-        let cpuid = GuestCpuid::new(vec![
-            leaf(1, None, 0xf00, 1 << 21),
-            leaf(7, Some(1), 0, 4),
-            leaf(7, Some(0), 0, 8),
-        ])
+        let cpuid = GuestCpuid::new(
+            vec![
+                leaf(1, None, 0xf00, 1 << 21),
+                leaf(7, Some(1), 0, 4),
+                leaf(7, Some(0), 0, 8),
+            ],
+            true,
+        )
         .unwrap();
         assert!(cpuid.table().has(feature::X2APIC));
         assert!(cpuid.table().has(feature::PKU) && !cpuid.table().has(feature::UMIP));
@@ -240,13 +260,14 @@ mod tests {
     fn odd_linear_widths_are_refused() {
         for (bits, good) in [(0, true), (48, true), (57, true), (47, false), (64, false)] {
             let e = leaf(0x8000_0008, None, bits << 8 | 40, 0);
-            assert_eq!(GuestCpuid::new(vec![e]).is_ok(), good, "{bits}");
+            assert_eq!(GuestCpuid::new(vec![e], true).is_ok(), good, "{bits}");
         }
     }
 
     #[test]
     fn runtime_bits_follow_the_state() {
-        let cpuid = GuestCpuid::new(vec![leaf(1, None, 0, 0), leaf(0xd, Some(0), 7, 0)]).unwrap();
+        let cpuid =
+            GuestCpuid::new(vec![leaf(1, None, 0, 0), leaf(0xd, Some(0), 7, 0)], true).unwrap();
         let mut s = CpuState::new();
         s.cr4 = cr4::OSXSAVE;
         s.xcr0 = 7;

@@ -225,7 +225,7 @@ impl Vcpu {
                 let same = self.machine().cpuid().same(&entries);
                 return if same { Ok(()) } else { Err(Errno::EINVAL) };
             }
-            let new = GuestCpuid::new(entries)?;
+            let new = GuestCpuid::new(entries, self.machine().lapic().is_some())?;
             core.cpu.set_cpuid(new.table().clone());
             self.machine().set_cpuid(new);
             Ok(())
