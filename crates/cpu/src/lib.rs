@@ -22,6 +22,7 @@ pub mod exception;
 mod exec;
 pub mod exit;
 mod far;
+mod fetch;
 mod hypercall;
 pub mod interp;
 mod interrupt;

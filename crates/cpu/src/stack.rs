@@ -7,6 +7,7 @@ use crate::descriptor::selector_error;
 use crate::events::vector;
 use crate::exit::Stop;
 use crate::memory::access::Ram;
+use crate::mmu::operand::in_limit;
 use crate::state::{Segment, reg, seg};
 
 /// A stack segment and a pointer into it.
@@ -136,17 +137,5 @@ pub(crate) fn mask(segment: &Segment, code64: bool) -> u64 {
         0xffff_ffff
     } else {
         0xffff
-    }
-}
-
-/// Limit check, expand-down segments included (SDM Vol. 3, 5.3).
-fn in_limit(s: &Segment, offset: u64, size: usize) -> bool {
-    let last = offset + size as u64 - 1;
-    let expand_down = s.kind() & 0b1100 == 0b0100 && s.attr & Segment::S != 0;
-    if expand_down {
-        let top = if s.db() { 0xffff_ffff } else { 0xffff };
-        offset > u64::from(s.limit) && last <= top
-    } else {
-        last <= u64::from(s.limit)
     }
 }

@@ -5,7 +5,7 @@
 
 mod flush;
 mod hit;
-mod operand;
+pub(crate) mod operand;
 pub(crate) mod slow;
 pub mod tlb;
 mod walk;

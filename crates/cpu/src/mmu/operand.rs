@@ -322,7 +322,7 @@ fn allows(s: &Segment, write: bool) -> bool {
 }
 
 /// Limit check, expand-down segments included (SDM Vol. 3, 5.3).
-fn in_limit(s: &Segment, offset: u64, size: usize) -> bool {
+pub(crate) fn in_limit(s: &Segment, offset: u64, size: usize) -> bool {
     let last = offset + size as u64 - 1;
     let expand_down = s.kind() & 0b1100 == 0b0100 && s.attr & Segment::S != 0;
     if expand_down {
