@@ -33,16 +33,17 @@ impl Irqchip {
 }
 
 /// Machine type, processors, interrupt controllers: each machine type with every kind of interrupt
-/// controllers, each with one and with two processors.
+/// controllers, each with one and with two processors. Not `off` with two: QEMU 7.2's userspace APIC never
+/// withdraws a SIPI, so that a second processor which halts spins with QEMU's lock held, on any KVM.
 const MACHINES: &[(&str, usize, Irqchip)] = &[
     ("microvm", 1, Irqchip::On),
     ("microvm", 1, Irqchip::Split),
+    ("microvm", 1, Irqchip::Off),
     ("pc", 1, Irqchip::On),
     ("pc", 1, Irqchip::Off),
     ("q35", 1, Irqchip::Split),
     ("q35", 1, Irqchip::Off),
     ("microvm", 2, Irqchip::On),
-    ("microvm", 2, Irqchip::Off),
     ("pc", 2, Irqchip::Split),
     ("q35", 2, Irqchip::On),
 ];
