@@ -88,6 +88,8 @@ pub struct Cpu {
     pub(crate) stepping: bool,
     /// PAUSE instructions executed.
     pub(crate) pauses: u32,
+    /// Length of the last instruction that ended a block early.
+    pub(crate) last_len: u8,
     /// Where native assist exchanges operands with the host's registers.
     pub(crate) assist: crate::assist::Frame,
 }
@@ -140,6 +142,7 @@ impl Cpu {
             debug_hits: 0,
             stepping: false,
             pauses: 0,
+            last_len: 0,
             assist: crate::assist::Frame::default(),
         };
         cpu.update_mode();
@@ -157,6 +160,11 @@ impl Cpu {
     /// The requests word.
     pub fn requests(&self) -> &Arc<Requests> {
         &self.requests
+    }
+    /// The length of the instruction behind which [`Cpu::run`] returned for a request that this very
+    /// instruction raised.
+    pub fn last_instruction_len(&self) -> u8 {
+        self.last_len
     }
     /// The execution mode.
     pub fn mode(&self) -> Mode {

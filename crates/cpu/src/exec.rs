@@ -268,6 +268,7 @@ impl Cpu {
             return self.instruction_stopped(stop, Some(insn), rip);
         }
         self.end_replay();
+        self.last_len = insn.len;
         self.counters.instructions += 1;
         if resume && self.state.rip() != rip {
             self.state.rflags &= !rflags::RF;
@@ -367,6 +368,7 @@ impl Cpu {
                 }
             }
             if self.leave {
+                self.last_len = insn.len;
                 break;
             }
         }

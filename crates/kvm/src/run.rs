@@ -269,7 +269,8 @@ impl Vcpu {
         KVM_EXIT_TPR_ACCESS
     }
 
-    /// The processor could not go on: the exit, and one line for whoever reads the VMM's output.
+    /// The processor could not go on: the exit, and for whoever reads the VMM's output one line with
+    /// the reason, then the whole state.
     fn report_internal_error(&self, core: &mut Core, error: InternalError) -> u32 {
         let page = self.machine().run();
         self.count(VcpuStat::InternalErrors);
@@ -303,6 +304,7 @@ impl Vcpu {
                 );
             }
         }
+        eprintln!("{}", core.cpu.dump());
         KVM_EXIT_INTERNAL_ERROR
     }
 
@@ -315,7 +317,9 @@ impl Vcpu {
                 if taken & KICK != 0 {
                     self.kick().requests().set(KICK);
                 }
-                return Ok(Next::User(self.report_tpr_access(rip, is_write)));
+                // KVM reports where the instruction starts; the access was noted with RIP behind it.
+                let start = rip.wrapping_sub(core.cpu.last_instruction_len().into());
+                return Ok(Next::User(self.report_tpr_access(start, is_write)));
             }
         }
         if taken & KICK != 0 {
