@@ -1,4 +1,4 @@
-//! A vCPU that does not run: HLT with an in-kernel local APIC, waiting for INIT and SIPI (Linux:
+//! A vCPU that does not run: HLT with an in-kernel local APIC or without HLT exits, waiting for INIT and SIPI (Linux:
 //! `vcpu_block`, `kvm_apic_accept_events`; SDM Vol. 3, 10.4 and 9.4).
 //!
 //! HLT polls for an event for a time that adapts to how soon events have come (as
@@ -125,6 +125,7 @@ impl Vcpu {
                     || e.nmi_pending > 0 && !e.nmi_masked
                     || e.smi_pending && !e.smm
                     || open && self.machine().interrupt_pending()
+                    || open && self.machine().wants_interrupt_window()
             }
             _ => true,
         }

@@ -11,7 +11,8 @@ use anykvm_abi::{
     KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_TPR_ACCESS, KVM_EXIT_X86_RDMSR,
     KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_RUN_X86_SMM, KVM_SYNC_X86_EVENTS,
-    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_X86_DISABLE_EXITS_HLT, kvm_regs, kvm_sregs,
+    kvm_vcpu_events,
 };
 use anykvm_cpu::events::MpState;
 use anykvm_cpu::exit::{Direction, InternalError};
@@ -199,7 +200,8 @@ impl Vcpu {
             }
             Exit::Hlt => {
                 self.count(VcpuStat::HaltExits);
-                if self.machine().lapic().is_some() {
+                let stays = self.vm().enabled().disabled_exits() & KVM_X86_DISABLE_EXITS_HLT != 0;
+                if stays || self.machine().lapic().is_some() {
                     core.cpu.state.events.mp_state = MpState::Halted;
                     return Ok(Next::Guest);
                 }
@@ -250,7 +252,6 @@ impl Vcpu {
                 page.set_eoi_vector(vector);
                 KVM_EXIT_IOAPIC_EOI
             }
-            Exit::TprAccess { rip, is_write } => self.report_tpr_access(rip, is_write),
             Exit::IrqWindowOpen => {
                 self.count(VcpuStat::IrqWindowExits);
                 KVM_EXIT_IRQ_WINDOW_OPEN

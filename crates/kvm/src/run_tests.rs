@@ -329,6 +329,33 @@ fn application_processors_wait_for_init_and_sipi() {
     sender.join().unwrap();
 }
 
+/// KVM_CAP_X86_DISABLE_EXITS with HLT: user space never sees HLT, with no chip in the kernel either.
+#[test]
+fn hlt_does_not_exit_when_its_exits_are_disabled() {
+    // sti; nop; hlt; hlt
+    let vm = vm(&[0xfb, 0x90, 0xf4, 0xf4]);
+    let cap = kvm_enable_cap {
+        cap: KVM_CAP_X86_DISABLE_EXITS,
+        args: [KVM_X86_DISABLE_EXITS_HLT.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&cap).unwrap();
+    let vcpu = vcpu_of(&vm);
+    let kick = vcpu.kick_handle();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(20));
+            kick.kick();
+        });
+        assert_eq!(vcpu.run(), Err(Errno::EINTR));
+    });
+    assert_eq!(vcpu.regs().rip, CODE + 3);
+    // An open interrupt window ends the halt.
+    vcpu.machine().run().set_request_interrupt_window(1);
+    vcpu.run().unwrap();
+    assert_eq!(reason(&vcpu), KVM_EXIT_IRQ_WINDOW_OPEN);
+}
+
 #[test]
 fn halted_vcpus_wake_for_an_nmi() {
     // hlt; NMI's handler at 0:0x3000: out 0x10, al
