@@ -32,8 +32,6 @@ pub struct Block {
     pub bytes: Box<[u8]>,
     /// Host address of the first byte.
     pub host: u64,
-    /// Generation of the page's code when the bytes were last compared.
-    pub generation: u32,
 }
 
 /// Where a block is in the cache.

@@ -131,13 +131,6 @@ pub enum Exit {
         /// The vector.
         vector: u8,
     },
-    /// A TPR access that KVM_TPR_ACCESS_REPORTING wants reported.
-    TprAccess {
-        /// RIP of the access.
-        rip: u64,
-        /// Whether it was a write.
-        is_write: bool,
-    },
     /// The interrupt window that was asked for is open.
     IrqWindowOpen,
     /// The processor could not go on.

@@ -75,23 +75,13 @@ impl Cpu {
 
     /// Whether a block's bytes are still in memory.
     fn check_block(&mut self, id: BlockId, page: HostPage, offset: usize) -> bool {
-        let Some(record) = self.memory.pages().get(page.0) else {
+        let Some(len) = self.blocks.get(id).map(|block| block.bytes.len()) else {
             return false;
         };
-        let generation = record.generation();
-        let Some(block) = self.blocks.get(id) else {
-            return false;
-        };
-        let len = block.bytes.len();
         self.mark_code(page, offset, len);
-        let Some(block) = self.blocks.get(id) else {
-            return false;
-        };
-        if !page.matches(offset, &block.bytes) {
-            return false;
-        }
-        block.generation = generation;
-        true
+        self.blocks
+            .get(id)
+            .is_some_and(|block| page.matches(offset, &block.bytes))
     }
 
     /// Notes that these bytes of a page are about to be read as code.
@@ -112,10 +102,6 @@ impl Cpu {
     }
 
     fn build_block(&mut self, page: HostPage, offset: usize) -> Result<Option<Block>, Stop> {
-        let Some(record) = self.memory.pages().get(page.0) else {
-            return Ok(None);
-        };
-        let generation = record.generation();
         let mut bytes = [0; MAX_INSNS * MAX_INSN_LEN];
         let want = bytes.len().min(PAGE as usize - offset);
         self.mark_code(page, offset, want);
@@ -142,7 +128,6 @@ impl Cpu {
             insns: insns.into_boxed_slice(),
             bytes: bytes[..at].into(),
             host: page.0 + offset as u64,
-            generation,
         }))
     }
 

@@ -1,7 +1,7 @@
 //! The execution mode: everything outside an instruction's bytes that decides how they decode and
 //! which handler runs them. It is part of a decoded block's key.
 
-use crate::state::{CpuState, Segment, cr0, rflags, seg};
+use crate::state::{CpuState, Segment, rflags, seg};
 
 /// Size of code, stack and privilege, packed so that it compares in one word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -17,9 +17,6 @@ impl Mode {
     const LONG: u32 = 1 << 6;
     /// CS, DS, ES and SS are flat: base 0, limit 4 GiB, readable and writable.
     const FLAT: u32 = 1 << 7;
-    const EM: u32 = 1 << 8;
-    const TS: u32 = 1 << 9;
-    const MP: u32 = 1 << 10;
 
     /// The mode this state is in.
     pub fn of(state: &CpuState) -> Self {
@@ -60,15 +57,6 @@ impl Mode {
         }
         if state.cpl() == 3 {
             m |= Self::USER;
-        }
-        if state.cr0 & cr0::EM != 0 {
-            m |= Self::EM;
-        }
-        if state.cr0 & cr0::TS != 0 {
-            m |= Self::TS;
-        }
-        if state.cr0 & cr0::MP != 0 {
-            m |= Self::MP;
         }
         Self(m)
     }
@@ -118,18 +106,6 @@ impl Mode {
     /// Accesses through CS, SS, DS, ES need no segment checks.
     pub fn flat(self) -> bool {
         self.0 & Self::FLAT != 0
-    }
-    /// CR0.EM.
-    pub fn em(self) -> bool {
-        self.0 & Self::EM != 0
-    }
-    /// CR0.TS.
-    pub fn ts(self) -> bool {
-        self.0 & Self::TS != 0
-    }
-    /// CR0.MP.
-    pub fn mp(self) -> bool {
-        self.0 & Self::MP != 0
     }
     /// The packed bits, for keys.
     pub fn bits_packed(self) -> u32 {

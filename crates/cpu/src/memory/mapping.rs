@@ -88,16 +88,6 @@ impl Mapping {
             self.write(offset + i, *b);
         }
     }
-    /// The bytes as a slice, for callers that hand them to their own caller.
-    ///
-    /// # Safety
-    /// Nobody else may access the range while the slice lives.
-    #[allow(clippy::mut_from_ref)] // Exclusive by the caller's promise, like UnsafeCell.
-    pub unsafe fn slice(&self, offset: usize, len: usize) -> &mut [u8] {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len));
-        // SAFETY: inside the mapping; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut((self.address as usize + offset) as *mut u8, len) }
-    }
 }
 
 impl Drop for Mapping {

@@ -1,13 +1,13 @@
 //! What is known of each host page that holds guest RAM: whether decoded (or translated) code was
-//! made from it, where, and how often that code was overwritten.
+//! made from it, and where.
 //!
 //! Records are keyed by host page, so that guest-physical aliases of one page share one record. A
 //! page with code has no fast write entry in any TLB; stores to it come through [`HostPages::stored`],
-//! which bumps the page's generation when they hit code. Blocks remember the generation they were
-//! checked at.
+//! which, when they hit code, unmark the page and advance the epoch: whatever was found before is
+//! compared with memory again, and marks the page anew.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 const LEAF_BITS: u32 = 11;
 const MID_BITS: u32 = 12;
@@ -18,16 +18,9 @@ const ROOT_BITS: u32 = 12;
 pub struct PageRecord {
     /// One bit for each 64 bytes that code was made from.
     code: AtomicU64,
-    /// Incremented when a store hits code.
-    generation: AtomicU32,
 }
 
 impl PageRecord {
-    /// Current generation.
-    #[inline(always)]
-    pub fn generation(&self) -> u32 {
-        self.generation.load(Ordering::Acquire)
-    }
     /// Whether code was made from the page (it must have no fast write entry).
     #[inline(always)]
     pub fn has_code(&self) -> bool {
@@ -48,7 +41,6 @@ impl PageRecord {
         if code & granules(offset, len) == 0 {
             return false;
         }
-        self.generation.fetch_add(1, Ordering::SeqCst);
         self.code.store(0, Ordering::SeqCst);
         true
     }
@@ -113,7 +105,7 @@ impl HostPages {
     #[inline]
     pub fn stored(&self, host: u64, len: usize) -> bool {
         // The store must be visible before the record is looked at: a processor that marks the page
-        // and then reads its bytes sees either the store's data or its generation.
+        // and then reads its bytes sees either the store's data or the epoch it advances.
         fence(Ordering::SeqCst);
         let hit = self
             .get(host)
