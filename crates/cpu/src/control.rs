@@ -24,7 +24,6 @@ pub fn ends_block(raw: &Instruction) -> bool {
             | Mnemonic::Invpcid
             | Mnemonic::Wrmsr
             | Mnemonic::Xsetbv
-            | Mnemonic::Wrpkru
             | Mnemonic::Xrstor
             | Mnemonic::Xrstor64
             | Mnemonic::Xrstors

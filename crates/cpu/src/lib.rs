@@ -34,6 +34,7 @@ pub mod mmu;
 pub mod mode;
 pub mod msr;
 mod native;
+mod pkru;
 pub mod requests;
 mod segment;
 mod smm;

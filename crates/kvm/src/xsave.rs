@@ -67,6 +67,8 @@ pub(crate) fn set(s: &mut CpuState, area: &[u8; REGION]) -> Result<()> {
             new.0[range.clone()].copy_from_slice(&area[range.clone()]);
         }
     }
+    // The component's upper half is reserved (SDM Vol. 1, 13.5.7).
+    new.0[XsaveArea::PKRU + 4..XsaveArea::PKRU + 8].fill(0);
     new.set_u64(XsaveArea::XSTATE_BV, in_use);
     s.xsave = new;
     Ok(())

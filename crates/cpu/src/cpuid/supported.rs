@@ -2,8 +2,8 @@
 //! it implements whatever the host has (SDM Vol. 2, CPUID; APM Vol. 3, appendix E).
 //!
 //! Vector and other user-mode instructions run on the host's own processor, so they need the host's
-//! flag. Everything of system mode is done in software. AVX-512, AMX, TSX, SGX, CET, MPX, protection
-//! keys, MONITOR/MWAIT, performance counters and nested virtualisation are not implemented.
+//! flag. Everything of system mode is done in software. AVX-512, AMX, TSX, SGX, CET, MPX,
+//! MONITOR/MWAIT, performance counters and nested virtualisation are not implemented.
 
 use super::{CpuidEntry, xsave_size};
 use std::arch::x86_64::__cpuid_count;
@@ -53,8 +53,8 @@ const LEAF7_EBX_AVX: u32 = bits([5]);
 const LEAF7_ECX: Flags = Flags {
     // GFNI VAES VPCLMULQDQ
     host: bits([8, 9, 10]),
-    // UMIP LA57 RDPID
-    always: bits([2, 16, 22]),
+    // UMIP PKU LA57 RDPID
+    always: bits([2, 3, 16, 22]),
 };
 const LEAF7_ECX_AVX: u32 = bits([9, 10]);
 /// Leaf 7, EDX: fast short REP MOV from the host; IA32_ARCH_CAPABILITIES always.
@@ -88,6 +88,8 @@ const ADDRESS_EBX_AMD: u32 = bits([9, 14, 26, 29]);
 const EXTENDED2_EAX: u32 = bits([0, 2, 6, 8, 29]);
 /// Leaf 0x80000021, ECX: not affected by transient scheduler attacks.
 const EXTENDED2_ECX: u32 = bits([1, 2]);
+/// XCR0 bit of PKRU, which is done in software.
+const PKRU: u32 = 1 << 9;
 /// IA32 APIC timer always running (leaf 6, EAX).
 const ARAT: u32 = 1 << 2;
 /// Invariant TSC (leaf 0x80000007, EDX).
@@ -211,7 +213,7 @@ fn xsave_leaves(avx: bool) -> Vec<CpuidEntry> {
     if host(1, 0).ecx >> 26 & 1 == 0 {
         return Vec::new();
     }
-    let xcr0: u32 = if avx { 7 } else { 3 };
+    let xcr0: u32 = PKRU | if avx { 7 } else { 3 };
     let size = xsave_size(xcr0.into());
     let leaf = |index| CpuidEntry {
         function: 0xd,
@@ -318,16 +320,17 @@ mod tests {
             feature::NX,
             feature::LM,
             feature::RDTSCP,
+            feature::PKU,
         ] {
             assert!(t.has(f), "{f:?}");
         }
-        for f in [feature::MWAIT, feature::PKU, feature::WAITPKG] {
+        for f in [feature::MWAIT, feature::WAITPKG] {
             assert!(!t.has(f), "{f:?}");
         }
         // AVX-512F, TSX, SGX, MPX.
         let leaf7 = t.find(7, 0).copied().unwrap_or_default();
         assert_eq!(leaf7.ebx & bits([2, 4, 11, 14, 16]), 0);
-        assert_eq!(t.xcr0_supported() & !7, 0);
+        assert_eq!(t.xcr0_supported() & !(7 | 1 << 9), 0);
     }
 
     #[test]

@@ -33,7 +33,6 @@ const ABSENT: &[F] = &[
     F::PADLOCK_PMM,
     F::PADLOCK_RNG,
     F::PADLOCK_UNDOC,
-    F::PKU,
     F::RAO_INT,
     F::RMPQUERY,
     F::SEV_ES,

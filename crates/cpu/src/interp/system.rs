@@ -8,8 +8,8 @@ use crate::exit::Stop;
 use crate::mode::Mode;
 use crate::state::seg;
 use crate::{
-    cpuid, crregs, drregs, eflags, exception, far, hypercall, iret, msr, segment, smm, syscall,
-    tables,
+    cpuid, crregs, drregs, eflags, exception, far, hypercall, iret, msr, pkru, segment, smm,
+    syscall, tables,
 };
 
 /// Handlers of this family.
@@ -146,6 +146,8 @@ fn by_mnemonic(mnemonic: Mnemonic) -> Option<Handler> {
         Mnemonic::Invd | Mnemonic::Wbinvd | Mnemonic::Wbnoinvd => crregs::cache_flush,
         Mnemonic::Xgetbv => crregs::xgetbv,
         Mnemonic::Xsetbv => crregs::xsetbv,
+        Mnemonic::Rdpkru => pkru::rdpkru,
+        Mnemonic::Wrpkru => pkru::wrpkru,
         Mnemonic::Cli => eflags::cli,
         Mnemonic::Sti => eflags::sti,
         Mnemonic::Clac => eflags::clac,

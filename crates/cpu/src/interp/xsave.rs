@@ -406,10 +406,10 @@ fn restore(cpu: &mut Cpu, insn: &Insn, supervisor: bool) -> Result<(), Stop> {
             new.0[to].fill(0);
         }
     }
-    let rights_change = new.pkru() != cpu.state.xsave.pkru();
+    // The component's upper half is reserved (SDM Vol. 1, 13.5.7).
+    new.0[XsaveArea::PKRU + 4..XsaveArea::PKRU + 8].fill(0);
+    let pkru = cpu.state.xsave.pkru();
     cpu.state.xsave = new;
-    if rights_change {
-        cpu.flush_tlb_rights();
-    }
+    cpu.pkru_changed(pkru);
     Ok(())
 }

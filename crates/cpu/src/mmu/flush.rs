@@ -54,7 +54,7 @@ impl Cpu {
         self.leave_block();
     }
 
-    /// Access rights changed (PKRU, CR4.SMAP and the like): translations stay, fast entries go.
+    /// Access rights changed (CR4.SMAP and the like): translations stay, fast entries go.
     pub(crate) fn flush_tlb_rights(&mut self) {
         self.tlb.flush_l1();
         self.blocks.forget_jumps();

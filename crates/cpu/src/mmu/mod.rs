@@ -71,19 +71,33 @@ impl PageFault {
     pub fn reserved() -> Self {
         Self(Self::P | Self::RSVD)
     }
-    fn protection() -> Self {
-        Self(Self::P)
-    }
-    fn key() -> Self {
-        Self(Self::P | Self::PK)
+    /// Access rights, and whether a protection key denies the access too.
+    fn protection(key: bool) -> Self {
+        Self(Self::P | if key { Self::PK } else { 0 })
     }
 }
 
 impl Cpu {
+    /// Whether the page's protection key counts (SDM Vol. 3, 4.6.2).
+    pub(crate) fn keys_apply(&self, page: &Page) -> bool {
+        page.user && self.state.cr4 & cr4::PKE != 0 && self.state.long_mode()
+    }
+
+    /// Whether PKRU denies a data access.
+    fn key_denies(&self, page: &Page, access: Access) -> bool {
+        if !self.keys_apply(page) || access.exec {
+            return false;
+        }
+        let rights = self.state.xsave.pkru() >> (page.key * 2);
+        let write = access.write && (access.user || self.state.cr0 & cr0::WP != 0);
+        rights & 1 != 0 || rights & 2 != 0 && write
+    }
+
     /// Checks the access rights of a walk (SDM Vol. 3, 4.6).
     pub(crate) fn check_rights(&self, page: &Page, access: Access) -> Result<(), PageFault> {
         let s = &self.state;
-        let denied = Err(PageFault::protection());
+        let key_denies = self.key_denies(page, access);
+        let denied = Err(PageFault::protection(key_denies));
         if access.user && !page.user {
             return denied;
         }
@@ -102,15 +116,7 @@ impl Cpu {
         if access.write && !page.write && (access.user || s.cr0 & cr0::WP != 0) {
             return denied;
         }
-        if page.user && s.cr4 & cr4::PKE != 0 && s.long_mode() {
-            let pkru = s.xsave.pkru() >> (page.key * 2);
-            let write_denied =
-                pkru & 2 != 0 && access.write && (access.user || s.cr0 & cr0::WP != 0);
-            if pkru & 1 != 0 || write_denied {
-                return Err(PageFault::key());
-            }
-        }
-        Ok(())
+        if key_denies { denied } else { Ok(()) }
     }
 
     /// The page of an access: from level 2 of the TLB or a walk.

@@ -93,7 +93,9 @@ impl Cpu {
                     },
                 )
                 .is_ok();
-        self.tlb.fill(set, linear, host_page, readable, writable);
+        let key = if self.keys_apply(page) { page.key } else { 0 };
+        self.tlb
+            .fill(set, linear, host_page, (readable, writable), key);
     }
 
     /// #AC for a misaligned access while alignment checking is on (SDM Vol. 3, 6.15, vector 17).

@@ -19,6 +19,8 @@ use super::Page;
 const L1: usize = 1024;
 /// Entries of level 2.
 const L2: usize = 8192;
+/// Level-1 entries that are remembered to rest on a protection key.
+const KEYED: usize = 256;
 /// Entries for instruction fetch.
 const EXEC: usize = 256;
 /// A tag nothing compares equal to.
@@ -60,6 +62,14 @@ const EMPTY: Entry = Entry {
     reserved: 0,
 };
 
+/// A level-1 entry that holds a page with a protection key, or did.
+#[derive(Clone, Copy, Debug)]
+struct Keyed {
+    set: u8,
+    index: u16,
+    key: u8,
+}
+
 /// One instruction-fetch entry.
 #[derive(Clone, Copy, Debug)]
 struct ExecEntry {
@@ -79,6 +89,9 @@ pub struct Tlb {
     l1: Box<[[Entry; L1]; 4]>,
     l2: Box<[Walked]>,
     exec: Box<[[ExecEntry; EXEC]; 2]>,
+    /// Entries of level 1 whose page has a key other than 0, so that a change of PKRU need not drop
+    /// the others. Once it is full it no longer names all of them.
+    keyed: Vec<Keyed>,
     /// Current set for data accesses of the running code.
     pub set: Set,
     asn: u64,
@@ -113,6 +126,7 @@ impl Default for Tlb {
                     host: 0,
                 }; EXEC]; 2],
             ),
+            keyed: Vec::with_capacity(KEYED),
             set: Set::default(),
             asn: 1,
             next_asn: 2,
@@ -148,8 +162,23 @@ impl Tlb {
         let last = linear.wrapping_add(size as u64 - 1);
         (e.write == page_of(last) | self.asn).then(|| linear.wrapping_add(e.addend))
     }
-    /// Fills a level-1 entry with a page's host address for reads and, if allowed, writes.
-    pub fn fill(&mut self, set: Set, linear: u64, host_page: u64, read: bool, write: bool) {
+    /// Fills a level-1 entry with a page's host address for reads and, if allowed, writes. `key`: the
+    /// protection key that allows them, 0 if none is looked at.
+    pub fn fill(
+        &mut self,
+        set: Set,
+        linear: u64,
+        host_page: u64,
+        (read, write): (bool, bool),
+        key: u8,
+    ) {
+        if key != 0 && self.keyed.len() < KEYED {
+            self.keyed.push(Keyed {
+                set: set as u8,
+                index: index(linear, L1) as u16,
+                key,
+            });
+        }
         let page = page_of(linear);
         let tag = page | self.asn;
         let e = &mut self.l1[set as usize][index(linear, L1)];
@@ -219,15 +248,34 @@ impl Tlb {
     }
     /// Drops level 1 and the instruction entries: rights must be looked up again.
     pub fn flush_l1(&mut self) {
-        for set in self.l1.iter_mut() {
-            set.fill(EMPTY);
-        }
+        self.flush_data();
         for set in self.exec.iter_mut() {
             set.fill(ExecEntry {
                 tag: INVALID,
                 host: 0,
             });
         }
+    }
+    fn flush_data(&mut self) {
+        for set in self.l1.iter_mut() {
+            set.fill(EMPTY);
+        }
+        self.keyed.clear();
+    }
+    /// Drops the level-1 entries of pages with these protection keys (a bit each).
+    pub fn drop_keys(&mut self, keys: u16) {
+        if keys & 1 != 0 || self.keyed.len() >= KEYED {
+            self.flush_data();
+            return;
+        }
+        let l1 = &mut self.l1;
+        self.keyed.retain(|k| {
+            let dropped = keys >> k.key & 1 != 0;
+            if dropped {
+                l1[usize::from(k.set)][usize::from(k.index)] = EMPTY;
+            }
+            !dropped
+        });
     }
     /// Makes an address space current (MOV to CR3). `keep`: what was cached for it stays good.
     pub fn switch(&mut self, pcid: u16, keep: bool) {

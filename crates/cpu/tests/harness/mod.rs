@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // Each test file uses its part of it.
 
+pub mod paging;
 pub mod tables;
 
 use std::sync::{Arc, Mutex};
