@@ -263,7 +263,7 @@ pub(crate) fn invlpg(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
 
 /// INVPCID (SDM Vol. 2).
 pub(crate) fn invpcid(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-    if !cpu.cpuid.has_invpcid() || cpu.without_descriptors() && cpu.state.virtual_8086() {
+    if !cpu.cpuid.has_invpcid() {
         return Err(cpu.ud());
     }
     cpu.require_cpl0()?;

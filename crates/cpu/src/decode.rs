@@ -158,13 +158,38 @@ pub fn decode(bytes: &[u8], mode: Mode) -> Result<Insn, DecodeError> {
     decoder.decode_out(&mut raw);
     match decoder.last_error() {
         DecoderError::None => {}
-        DecoderError::NoMoreBytes if bytes.len() >= MAX_INSN_LEN => {
+        DecoderError::NoMoreBytes => return Err(DecodeError::Incomplete),
+        _ if decoder.position() >= MAX_INSN_LEN && goes_on(bytes, mode) => {
             return Err(DecodeError::TooLong);
         }
-        DecoderError::NoMoreBytes => return Err(DecodeError::Incomplete),
         _ => return Err(DecodeError::Invalid),
     }
     build(bytes, raw, mode)
+}
+
+/// Whether the instruction does not end within [`MAX_INSN_LEN`] bytes. iced calls such bytes as
+/// invalid as an undefined instruction that has just that length; without a prefix that does not
+/// change the length the latter is shorter.
+fn goes_on(bytes: &[u8], mode: Mode) -> bool {
+    let bytes = &bytes[..MAX_INSN_LEN.min(bytes.len())];
+    let is_prefix = |b: &u8| {
+        matches!(
+            b,
+            0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3
+        ) || mode.code64() && b & 0xf0 == 0x40
+    };
+    let prefixes: Vec<u8> = bytes.iter().copied().take_while(is_prefix).collect();
+    let idle = prefixes.iter().enumerate().position(|(i, b)| {
+        !matches!(b, 0x66 | 0x67 | 0xf2 | 0xf3 | 0x40..=0x4f) || prefixes[..i].contains(b)
+    });
+    let Some(idle) = idle else {
+        return true;
+    };
+    let mut shorter = bytes.to_vec();
+    shorter.remove(idle);
+    let mut decoder = Decoder::with_ip(mode.bits(), &shorter, 0, DecoderOptions::NONE);
+    let _ = decoder.decode();
+    decoder.last_error() == DecoderError::NoMoreBytes
 }
 
 fn build(bytes: &[u8], raw: Instruction, mode: Mode) -> Result<Insn, DecodeError> {

@@ -53,14 +53,14 @@ const LEAF7_EBX_AVX: u32 = bits([5]);
 const LEAF7_ECX: Flags = Flags {
     // GFNI VAES VPCLMULQDQ
     host: bits([8, 9, 10]),
-    // UMIP PKU LA57 RDPID
-    always: bits([2, 3, 16, 22]),
+    // UMIP PKU LA57 RDPID CLDEMOTE MOVDIRI; not MOVDIR64B, whose 64 bytes hosts cannot store as one
+    always: bits([2, 3, 16, 22, 25, 27]),
 };
 const LEAF7_ECX_AVX: u32 = bits([9, 10]);
-/// Leaf 7, EDX: fast short REP MOV from the host; IA32_ARCH_CAPABILITIES always.
+/// Leaf 7, EDX: fast short REP MOV from the host; SERIALIZE and IA32_ARCH_CAPABILITIES always.
 const LEAF7_EDX: Flags = Flags {
     host: bits([4]),
-    always: bits([29]),
+    always: bits([14, 29]),
 };
 /// Leaf 7, EDX on Intel: SPEC_CTRL, which IBRS_ALL in IA32_ARCH_CAPABILITIES goes with.
 const LEAF7_EDX_INTEL: u32 = bits([26]);
@@ -70,7 +70,7 @@ const XSAVE_FORMS: u32 = bits([0, 1, 2]);
 const EXTENDED_ECX: Flags = Flags {
     // LZCNT SSE4A PREFETCHW; not misaligned SSE, since MXCSR has no MM bit here.
     host: bits([5, 6, 8]),
-    // LAHF/SAHF, MOV CR8 by LOCK prefix
+    // LAHF/SAHF
     always: bits([0]),
 };
 /// Leaf 0x80000001, EDX: SYSCALL NX 1GB-pages RDTSCP LM.

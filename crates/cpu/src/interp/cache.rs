@@ -1,4 +1,5 @@
-//! Memory ordering and cache lines: fences, flushes, direct stores (SDM Vol. 3, 9.2 and 12.5).
+//! Memory ordering and cache lines: fences, SERIALIZE, flushes, direct stores (SDM Vol. 3, 9.2, 9.3
+//! and 12.5).
 //!
 //! Guest RAM is the host's own, cached and coherent, so flushing a line only checks its address.
 
@@ -16,7 +17,8 @@ use crate::state::seg;
 /// The handler, if the instruction is of this family.
 pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
     Some(match insn.raw.mnemonic() {
-        Mnemonic::Mfence => mfence,
+        // Fetches are serialised too: SERIALIZE ends a block, and code that was changed is found stale.
+        Mnemonic::Mfence | Mnemonic::Serialize => mfence,
         // Loads and stores of this program keep the order of the guest's.
         Mnemonic::Lfence | Mnemonic::Sfence => nothing,
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => flush_line,

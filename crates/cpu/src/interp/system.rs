@@ -211,7 +211,6 @@ const NOT_OFFERED: &[Mnemonic] = &[
     Mnemonic::Tpause,
     Mnemonic::Rdpru,
     Mnemonic::Ptwrite,
-    Mnemonic::Serialize,
 ];
 
 /// MONITOR and MWAIT do nothing although CPUID does not offer them, as in KVM

@@ -1,0 +1,10 @@
+//! System behaviour mode by mode, as tables of cases. Each table names the manual section it is
+//! written from: SDM is Intel's, APM is AMD's.
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+mod machine;
+mod opcodes;
+mod prefixes;
+mod privilege;
