@@ -1,6 +1,7 @@
 //! Segment and gate descriptors, and how selectors find them (SDM Vol. 3, 3.4 and 3.5).
 
 use crate::cpu::Cpu;
+use crate::events::vector;
 use crate::exit::Stop;
 use crate::state::{Segment, Table};
 
@@ -215,10 +216,13 @@ impl Cpu {
         Ok(())
     }
 
-    /// Sets the busy bit of a TSS descriptor.
+    /// Sets the busy bit of a TSS descriptor; #GP(selector) if another processor has been faster.
     pub(crate) fn set_busy(&mut self, d: &mut Descriptor) -> Result<(), Stop> {
         d.low |= 2 << 40;
-        self.set_bits_system(d.address.wrapping_add(5), 2)
+        if self.set_bits_system(d.address.wrapping_add(5), 2)? & 2 != 0 {
+            return Err(self.raise_error(vector::GP, selector_error(d.selector)));
+        }
+        Ok(())
     }
 }
 

@@ -259,17 +259,19 @@ impl Cpu {
     }
 
     /// Sets bits in a byte of a system structure atomically (descriptor accessed and busy flags).
-    pub fn set_bits_system(&mut self, linear: u64, bits: u8) -> Result<(), Stop> {
+    /// Returns what the byte was; where there is no RAM nothing is set, and it is `bits`' complement.
+    pub fn set_bits_system(&mut self, linear: u64, bits: u8) -> Result<u8, Stop> {
         let access = Access {
             write: true,
             implicit: true,
             ..Access::default()
         };
-        if let Place::Ram { host } = self.place(linear, access)? {
-            locked_modify(host, |old: u8| (old | bits, ()));
-            self.stored(host, 1);
-        }
-        Ok(())
+        let Place::Ram { host } = self.place(linear, access)? else {
+            return Ok(!bits);
+        };
+        let old = locked_modify(host, |old: u8| (old | bits, old));
+        self.stored(host, 1);
+        Ok(old)
     }
 
     /// Pushes on the stack of the current mode. Nothing changes if it faults.

@@ -4,7 +4,10 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod limits;
+mod loads;
 mod machine;
 mod opcodes;
 mod prefixes;
 mod privilege;
+mod transfers;
