@@ -47,8 +47,9 @@ impl Cpu {
             if self.requests.pending() != 0 {
                 self.serve_requests()?;
             }
-            if self.check_events {
-                self.serve_events()?;
+            // What waits behind an event comes before the first instruction of its handler.
+            if self.check_events && self.serve_events()? {
+                continue;
             }
             if self.must_step() {
                 self.step()?;
@@ -104,8 +105,9 @@ impl Cpu {
         }
     }
 
-    /// Delivers what is pending and deliverable, in the order of SDM Vol. 3, table 6-2.
-    fn serve_events(&mut self) -> Step {
+    /// Delivers the first of what is pending and deliverable, in the order of SDM Vol. 3, table 6-2;
+    /// false if there is nothing.
+    fn serve_events(&mut self) -> Result<bool, Exit> {
         self.check_events = false;
         if self.state.events.triple_fault {
             self.state.events.triple_fault = false;
@@ -130,7 +132,8 @@ impl Cpu {
         if self.state.events.smi_pending && !self.state.events.smm {
             self.state.events.smi_pending = false;
             self.check_events = true;
-            return self.enter_smm().map_err(|_| Self::delivery_failed(0));
+            self.enter_smm().map_err(|_| Self::delivery_failed(0))?;
+            return Ok(true);
         }
         if self.state.events.nmi_pending > 0
             && !self.state.events.nmi_masked
@@ -159,24 +162,24 @@ impl Cpu {
             // The shadow ends behind the next instruction.
             self.check_events = true;
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Delivers the pending or injected exception.
-    fn deliver_exception(&mut self) -> Step {
+    fn deliver_exception(&mut self) -> Result<bool, Exit> {
         let vector = self.state.events.exception.vector;
         self.trace_event(vector);
         let done = self.inject_exception();
         self.delivered(done, vector)
     }
     /// Delivers the injected NMI.
-    fn deliver_nmi(&mut self) -> Step {
+    fn deliver_nmi(&mut self) -> Result<bool, Exit> {
         self.trace_event(vector::NMI);
         let done = self.inject_nmi();
         self.delivered(done, vector::NMI)
     }
     /// Delivers the injected interrupt.
-    fn deliver_interrupt(&mut self) -> Step {
+    fn deliver_interrupt(&mut self) -> Result<bool, Exit> {
         let vector = self.state.events.interrupt.vector;
         self.trace_event(vector);
         let done = self.inject_interrupt();
@@ -189,12 +192,13 @@ impl Cpu {
         }
     }
     /// After a delivery, whichever way it went, events are looked at again.
-    fn delivered(&mut self, done: Result<(), Stop>, vector: u8) -> Step {
+    fn delivered(&mut self, done: Result<(), Stop>, vector: u8) -> Result<bool, Exit> {
         self.check_events = true;
         self.state.events.shadow = 0;
         self.counters.events += 1;
         self.exit = None;
-        done.map_err(|_| Self::delivery_failed(vector))
+        done.map_err(|_| Self::delivery_failed(vector))?;
+        Ok(true)
     }
     fn delivery_failed(vector: u8) -> Exit {
         Exit::InternalError(InternalError::DeliveryEvent { vector })

@@ -15,23 +15,24 @@ const ALWAYS: u64 = rflags::STATUS | rflags::TF | rflags::DF | rflags::NT;
 /// Flags that 32- and 64-bit operand sizes change as well.
 const WIDE: u64 = rflags::RF | rflags::AC | rflags::ID;
 
-/// IRET, IRETD, IRETQ.
+/// IRET, IRETD, IRETQ. It ends NMI blocking even if it faults (SDM Vol. 3, 6.7.1).
 pub(crate) fn iret<T: Ram>(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
-    if !cpu.state.protected() {
-        iret_real::<T>(cpu)?;
+    let done = if !cpu.state.protected() {
+        iret_real::<T>(cpu)
     } else if cpu.state.virtual_8086() {
-        iret_v86::<T>(cpu)?;
-    } else if cpu.state.rflags & rflags::NT != 0 {
-        if cpu.state.long_mode() {
-            return Err(cpu.gp0());
-        }
-        cpu.return_to_linked_task()?;
+        iret_v86::<T>(cpu)
+    } else if cpu.state.rflags & rflags::NT == 0 {
+        iret_protected::<T>(cpu)
+    } else if cpu.state.long_mode() {
+        Err(cpu.gp0())
     } else {
-        iret_protected::<T>(cpu)?;
+        cpu.return_to_linked_task()
+    };
+    if matches!(done, Ok(()) | Err(Stop::Fault)) {
+        cpu.state.events.nmi_masked = false;
+        cpu.recheck_events();
     }
-    cpu.state.events.nmi_masked = false;
-    cpu.recheck_events();
-    Ok(())
+    done
 }
 
 fn iret_real<T: Ram>(cpu: &mut Cpu) -> Result<(), Stop> {

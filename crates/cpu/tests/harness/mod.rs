@@ -17,6 +17,8 @@ use anykvm_cpu::{Cpu, CpuState, Exit, Machine, Requests};
 #[derive(Default)]
 pub struct Ports {
     pub written: Mutex<Vec<(u16, Vec<u8>)>>,
+    /// The vector of the interrupt that waits.
+    pub interrupt: Mutex<Option<u8>>,
 }
 
 impl Machine for Ports {
@@ -38,10 +40,10 @@ impl Machine for Ports {
         false
     }
     fn interrupt_pending(&self) -> bool {
-        false
+        self.interrupt.lock().unwrap().is_some()
     }
     fn acknowledge_interrupt(&self) -> Option<u8> {
-        None
+        self.interrupt.lock().unwrap().take()
     }
     fn wants_interrupt_window(&self) -> bool {
         false

@@ -4,6 +4,7 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod events;
 mod limits;
 mod loads;
 mod machine;
