@@ -20,19 +20,39 @@ pub struct Outcome {
     pub cpu: Duration,
 }
 
+/// What is typed at a program.
+pub struct Typed<'a> {
+    /// The words of the program that it follows.
+    pub after: &'a str,
+    pub text: &'a str,
+    /// The text is typed once more every second until the program has printed these words, for a reader
+    /// who may not be listening yet.
+    pub until: Option<&'a str>,
+}
+
+impl<'a> Typed<'a> {
+    pub fn once(after: &'a str, text: &'a str) -> Self {
+        Self {
+            after,
+            text,
+            until: None,
+        }
+    }
+}
+
 /// Runs `command` to its end, which must come within `limit`. Everything it prints goes to `log`.
 /// A program that prints one of `fatal` is ended at once: it would only sit there.
 pub fn run(command: &mut Command, log: &Path, limit: Duration, fatal: &[&str]) -> Result<Outcome> {
     converse(command, log, limit, fatal, &[])
 }
 
-/// The same, and types: each text once the program has printed the words before it.
+/// The same, and types.
 pub fn converse(
     command: &mut Command,
     log: &Path,
     limit: Duration,
     fatal: &[&str],
-    typed: &[(&str, &str)],
+    typed: &[Typed],
 ) -> Result<Outcome> {
     let (mut reader, writer) = std::io::pipe().context("cannot create a pipe")?;
     if let Some(folder) = log.parent() {
@@ -70,9 +90,11 @@ pub fn converse(
     };
 
     let mut keyboard = child.stdin.take();
-    let mut typed = typed.iter();
-    let mut next = typed.next();
-    let mut answered = 0;
+    let mut conversation = Conversation {
+        typed,
+        answered: 0,
+        repeated: None,
+    };
     let mut trouble = None;
     let mut searched = 0;
     let status = loop {
@@ -88,14 +110,8 @@ pub fn converse(
             }
             // A word may have come in part.
             searched = output.len().saturating_sub(64);
-            if let Some((words, text)) = next
-                && let Some(at) = position(&output[answered..], words)
-                && let Some(keyboard) = &mut keyboard
-            {
-                answered += at + words.len();
-                // A program that does not read any more is about to end, or its limit will tell.
-                let _ = keyboard.write_all(text.as_bytes());
-                next = typed.next();
+            if let Some(keyboard) = &mut keyboard {
+                conversation.go_on(&output, keyboard);
             }
         }
         if trouble.is_some() {
@@ -123,6 +139,50 @@ pub fn converse(
         wall,
         cpu,
     })
+}
+
+/// How far the typing has come.
+struct Conversation<'a> {
+    /// What is still to be typed.
+    typed: &'a [Typed<'a>],
+    /// How much of the output has been answered.
+    answered: usize,
+    /// The first text is being repeated; when it was typed last.
+    repeated: Option<Instant>,
+}
+
+impl Conversation<'_> {
+    fn go_on(&mut self, output: &[u8], keyboard: &mut impl Write) {
+        let Some((typed, rest)) = self.typed.split_first() else {
+            return;
+        };
+        let news = &output[self.answered..];
+        let due = match self.repeated {
+            None => match position(news, typed.after) {
+                Some(at) => {
+                    self.answered += at + typed.after.len();
+                    true
+                }
+                None => false,
+            },
+            Some(last) => {
+                if typed
+                    .until
+                    .is_none_or(|words| position(news, words).is_some())
+                {
+                    self.repeated = None;
+                    self.typed = rest;
+                    return;
+                }
+                last.elapsed() >= Duration::from_secs(1)
+            }
+        };
+        if due {
+            // A program that does not read any more is about to end, or its limit will tell.
+            let _ = keyboard.write_all(typed.text.as_bytes());
+            self.repeated = Some(Instant::now());
+        }
+    }
 }
 
 fn find<'a>(output: &[u8], words: &[&'a str]) -> Option<&'a str> {
@@ -182,7 +242,14 @@ mod tests {
             "-c",
             "echo 'name?'; read a; echo 'age?'; read b; echo $a=$b",
         ]);
-        let typed = [("name?", "x\n"), ("age?", "7\n")];
+        let typed = [
+            Typed::once("name?", "x\n"),
+            Typed {
+                after: "age?",
+                text: "7\n",
+                until: Some("=7"),
+            },
+        ];
         let outcome = converse(&mut command, &log, Duration::from_secs(10), &[], &typed).unwrap();
         assert!(outcome.output.ends_with("x=7\n"), "{}", outcome.output);
         fs::remove_file(&log).unwrap();

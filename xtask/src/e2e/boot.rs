@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use super::console::{Console, FATAL, require_sound};
 use super::{Bench, Needs, Test};
-use crate::process;
+use crate::process::{self, Typed};
 
 const LIMIT: Duration = Duration::from_secs(240);
 /// 64 MiB of data after 1 MiB for the mark.
@@ -115,8 +115,8 @@ const SHELL: &str = "A shell on the serial console";
 fn shell(bench: &Bench, test: &Test) -> Result<()> {
     let mut command = command(bench, &bench.guest().kernel, test, "");
     let typed = [
-        (SHELL, "echo product=$((6*7))\n"),
-        ("product=42", "poweroff -f\n"),
+        Typed::once(SHELL, "echo product=$((6*7))\n"),
+        Typed::once("product=42", "poweroff -f\n"),
     ];
     let log = bench.log(test);
     let outcome = process::converse(&mut command, &log, test.limit, FATAL, &typed)?;
@@ -139,7 +139,10 @@ fn terminal(bench: &Bench, test: &Test) -> Result<()> {
         let script = format!("echo modes=$(stty -g); {leave}{boot}; echo modes=$(stty -g)");
         let mut command = Command::new("script");
         command.args(["-qec", &script, "/dev/null"]);
-        let typed = [(SHELL, if leave.is_empty() { "\x01x" } else { "" })];
+        let typed = [Typed::once(
+            SHELL,
+            if leave.is_empty() { "\x01x" } else { "" },
+        )];
         let log = bench.log(test).with_extension(format!("{part}.log"));
         let outcome = process::converse(&mut command, &log, test.limit, FATAL, &typed)
             .with_context(|| format!("{part}, see {}", log.display()))?;

@@ -4,6 +4,7 @@
 mod boot;
 mod console;
 mod http;
+mod linux;
 mod qemu;
 
 use std::collections::VecDeque;
@@ -68,7 +69,12 @@ impl Bench {
 
     /// The file that a test's console is kept in.
     fn log(&self, test: &Test) -> PathBuf {
-        self.folder.join(format!("{}.log", test.name))
+        self.file(test, "log")
+    }
+
+    /// A file of a test's own.
+    fn file(&self, test: &Test, extension: &str) -> PathBuf {
+        self.folder.join(format!("{}.{extension}", test.name))
     }
 }
 
@@ -88,6 +94,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     }];
     tests.extend(boot::tests());
     tests.extend(qemu::tests());
+    tests.extend(linux::tests());
     tests.retain(|test| {
         args.filters.is_empty() || args.filters.iter().any(|filter| test.name.contains(filter))
     });

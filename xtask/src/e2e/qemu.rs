@@ -10,13 +10,13 @@ use anyhow::{Context, Result, bail};
 use super::boot::{md5, new_disk, require_disk};
 use super::console::{Console, FATAL, require_sound};
 use super::{Bench, Needs, Test, http};
-use crate::process::{self, Outcome};
+use crate::process::{self, Outcome, Typed};
 
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Where the interrupt controllers are.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Irqchip {
+pub enum Irqchip {
     On,
     Split,
     Off,
@@ -81,7 +81,21 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// QEMU as a user would start it; pc and q35 keep their default VGA card.
-fn qemu(bench: &Bench, test: &Test, machine: &str, irqchip: Irqchip, parameters: &str) -> Command {
+fn qemu(bench: &Bench, test: &Test, kind: &str, irqchip: Irqchip, parameters: &str) -> Command {
+    let mut command = machine(bench, kind, irqchip);
+    command
+        .args(["-m", "512", "-smp", &test.cpus.to_string()])
+        .args(["-serial", "stdio", "-monitor", "none"])
+        .args(["-append", &format!("console=ttyS0 {parameters}")])
+        .arg("-kernel")
+        .arg(&bench.guest().kernel)
+        .arg("-initrd")
+        .arg(&bench.guest().initramfs);
+    command
+}
+
+/// QEMU with an empty machine and no window.
+pub fn machine(bench: &Bench, kind: &str, irqchip: Irqchip) -> Command {
     // KVM sends a guest's IPIs (KVM_HC_SEND_IPI) only with local APICs of its own, and this QEMU offers
     // that to guests without them too.
     let cpu = if irqchip == Irqchip::Off {
@@ -92,20 +106,24 @@ fn qemu(bench: &Bench, test: &Test, machine: &str, irqchip: Irqchip, parameters:
     let mut command = Command::new(&bench.anykvm);
     command
         .args(["run", "--backend", "soft", "--", "qemu-system-x86_64"])
-        .args(["-M", machine, "-cpu", cpu, "-m", "512"])
-        .args(["-accel", &format!("kvm,kernel-irqchip={}", irqchip.name())])
-        .args(["-smp", &test.cpus.to_string()])
-        .args(["-display", "none", "-serial", "stdio", "-monitor", "none"])
-        .args(["-append", &format!("console=ttyS0 {parameters}")])
-        .arg("-kernel")
-        .arg(&bench.guest().kernel)
-        .arg("-initrd")
-        .arg(&bench.guest().initramfs);
+        .args(["-M", kind, "-cpu", cpu, "-display", "none"])
+        .args(["-accel", &format!("kvm,kernel-irqchip={}", irqchip.name())]);
     command
 }
 
-fn run(bench: &Bench, test: &Test, command: &mut Command) -> Result<Outcome> {
-    let outcome = process::run(command, &bench.log(test), test.limit, FATAL)?;
+/// Runs a machine to its end, which must be a good one.
+pub fn run(bench: &Bench, test: &Test, command: &mut Command) -> Result<Outcome> {
+    converse(bench, test, command, &[])
+}
+
+/// The same, and types as [`process::converse`] does.
+pub fn converse(
+    bench: &Bench,
+    test: &Test,
+    command: &mut Command,
+    typed: &[Typed],
+) -> Result<Outcome> {
+    let outcome = process::converse(command, &bench.log(test), test.limit, FATAL, typed)?;
     if !outcome.status.success() {
         let last = outcome.output.lines().next_back().unwrap_or_default();
         bail!("QEMU ended with {}: {}", outcome.status, last.trim_end());

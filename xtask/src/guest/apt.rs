@@ -11,11 +11,21 @@ use crate::progress;
 
 /// Unpacks `package` into `folder`, downloading it first. `folder` appears complete or not at all.
 pub fn unpack(package: &str, folder: &Path) -> Result<()> {
+    unpack_all(&[package.to_owned()], folder)
+}
+
+/// The same with several packages and all that they depend on, in one tree.
+pub fn unpack_with_dependencies(packages: &[&str], folder: &Path) -> Result<()> {
+    unpack_all(&closure(packages)?, folder)
+}
+
+fn unpack_all(packages: &[String], folder: &Path) -> Result<()> {
     let scratch = folder.with_extension(format!("new.{}", std::process::id()));
     fs::create_dir_all(&scratch).with_context(|| scratch.display().to_string())?;
-    let deb = download(package, &scratch)?;
     let tree = scratch.join("tree");
-    run(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&tree))?;
+    for deb in download(packages, &scratch)? {
+        run(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&tree))?;
+    }
     if let Err(error) = fs::rename(&tree, folder)
         && !folder.exists()
     {
@@ -24,23 +34,64 @@ pub fn unpack(package: &str, folder: &Path) -> Result<()> {
     fs::remove_dir_all(&scratch).with_context(|| scratch.display().to_string())
 }
 
-fn download(package: &str, folder: &Path) -> Result<PathBuf> {
-    require("apt-get", package)?;
-    require("dpkg-deb", package)?;
-    progress(&format!("downloading the Debian package {package}"));
+fn download(packages: &[String], folder: &Path) -> Result<Vec<PathBuf>> {
+    let what = packages.join(" ");
+    require("apt-get", &what)?;
+    require("dpkg-deb", &what)?;
+    match packages {
+        [package] => progress(&format!("downloading the Debian package {package}")),
+        _ => progress(&format!("downloading {} Debian packages", packages.len())),
+    }
     let fetch = || {
         run(Command::new("apt-get")
-            .args(["-qq", "-o", "APT::Sandbox::User=root", "download", package])
+            .args(["-qq", "-o", "APT::Sandbox::User=root", "download"])
+            .args(packages)
             .current_dir(folder))
     };
     if fetch().is_err() {
-        update().with_context(|| format!("cannot download the Debian package {package}"))?;
-        fetch().with_context(|| format!("cannot download the Debian package {package}"))?;
+        let failed = || format!("cannot download from Debian: {what}");
+        update().with_context(failed)?;
+        fetch().with_context(failed)?;
     }
-    fs::read_dir(folder)?
+    let debs: Vec<_> = fs::read_dir(folder)?
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| format!("apt-get downloaded nothing for {package}"))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .collect();
+    if debs.len() != packages.len() {
+        bail!("apt-get downloaded {} files for {what}", debs.len());
+    }
+    Ok(debs)
+}
+
+/// The packages and all that they depend on, each once.
+fn closure(packages: &[&str]) -> Result<Vec<String>> {
+    require("apt-cache", &packages.join(" "))?;
+    let look = || -> Result<Vec<String>> {
+        let output = Command::new("apt-cache")
+            .args(["depends", "--recurse", "--no-recommends", "--no-suggests"])
+            .args(["--no-conflicts", "--no-breaks", "--no-replaces"])
+            .arg("--no-enhances")
+            .args(packages)
+            .stderr(Stdio::null())
+            .output()
+            .context("apt-cache")?;
+        // A package begins its line; what it needs stands indented below, virtual packages in <>.
+        Ok(String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .filter(|line| line.starts_with(|first: char| first.is_ascii_alphanumeric()))
+            .map(str::to_owned)
+            .collect())
+    };
+    let known = |found: &[String]| packages.iter().all(|name| found.iter().any(|f| f == name));
+    let mut found = look()?;
+    if !known(&found) {
+        update()?;
+        found = look()?;
+    }
+    if !known(&found) {
+        bail!("apt does not know all of {}", packages.join(" "));
+    }
+    Ok(found)
 }
 
 /// The package that the metapackage `name` depends on and whose name starts with `prefix`.

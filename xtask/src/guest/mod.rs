@@ -5,6 +5,7 @@ mod apt;
 mod bzimage;
 mod cpio;
 mod kmod;
+mod overlay;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{progress, workspace};
 use cpio::{Archive, Node};
+pub use overlay::Overlay;
 
 /// Drivers that are modules in Debian's kernel and that the tests need.
 const DRIVERS: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net"];
