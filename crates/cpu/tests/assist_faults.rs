@@ -107,6 +107,7 @@ fn availability() {
     const WAIT: &[u8] = &[0x9b];
     const ANDN: &[u8] = &[0xc4, 0xe2, 0xf8, 0xf2, 0xc1];
     const EVEX_ADDPS: &[u8] = &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1];
+    const KMOVW: &[u8] = &[0xc5, 0xf8, 0x90, 0xca];
     let with = |cr0_bits: u64, cr4_off: u64, xcr0: u64, code: &[u8]| {
         let mut c = computer();
         c.cpu.state.cr0 |= cr0_bits;
@@ -118,7 +119,20 @@ fn availability() {
     for code in all {
         assert_eq!(with(0, 0, 7, code), None, "{code:x?}");
     }
-    assert_eq!(with(0, 0, 7, EVEX_ADDPS), Some(UD));
+    if std::is_x86_feature_detected!("avx512bw") {
+        for code in [EVEX_ADDPS, KMOVW] {
+            assert_eq!(with(0, 0, 0xe7, code), None, "{code:x?}");
+            assert_eq!(with(0, 0, 7, code), Some(UD), "{code:x?}");
+            assert_eq!(with(cr0::EM, 0, 0xe7, code), None, "{code:x?}");
+            assert_eq!(with(cr0::TS, 0, 0xe7, code), Some(NM), "{code:x?}");
+            assert_eq!(with(cr0::TS, 0, 7, code), Some(UD), "{code:x?}");
+            assert_eq!(with(0, cr4::OSXSAVE, 0xe7, code), Some(UD), "{code:x?}");
+            // With LOCK.
+            assert_eq!(with(0, 0, 0xe7, &[&[0xf0], code].concat()), Some(UD));
+        }
+    } else {
+        assert_eq!(with(0, 0, 0xe7, EVEX_ADDPS), Some(UD));
+    }
     for (code, em, ts) in [
         (ADDPS, Some(UD), Some(NM)),
         (VADDPS, None, Some(NM)),

@@ -4,7 +4,7 @@
 mod harness;
 
 use anykvm_cpu::decode::{self, DecodeError};
-use anykvm_cpu::state::{cr4, reg};
+use anykvm_cpu::state::{XsaveArea, cr4, reg};
 use harness::Computer;
 use iced_x86::{Code, Encoder, Instruction, OpCodeOperandKind as K, OpKind, Register};
 
@@ -57,6 +57,9 @@ fn instance(code: Code, bits: u32) -> Option<Instruction> {
         };
         insn.set_op_register(i, register);
     }
+    if code.op_code().require_op_mask_register() {
+        insn.set_op_mask(Register::K1);
+    }
     if insn.op_kinds().any(|k| k == OpKind::Memory) && insn.memory_displ_size() == 0 {
         insn.set_memory_base(choose(Register::RSI, Register::ESI));
     }
@@ -78,6 +81,10 @@ fn operand(insn: &mut Instruction, kind: K, long: bool) -> Option<OpKind> {
         }
         K::mem_vsib32y | K::mem_vsib64y => {
             insn.set_memory_index(Register::YMM3);
+            OpKind::Memory
+        }
+        K::mem_vsib32z | K::mem_vsib64z => {
+            insn.set_memory_index(Register::ZMM3);
             OpKind::Memory
         }
         K::imm8 | K::imm8_const_1 => {
@@ -118,7 +125,7 @@ fn computers() -> [Computer; 3] {
     ];
     for c in &mut all {
         c.cpu.state.cr4 |= cr4::OSXSAVE | cr4::OSFXSR;
-        c.cpu.state.xcr0 = 7;
+        c.cpu.state.xcr0 = 0xe7;
         c.cpu.state_changed();
     }
     all
@@ -163,7 +170,7 @@ impl Random {
     }
 }
 
-/// Random bytes that mostly are instructions of the two-byte maps, VEX and x87.
+/// Random bytes that mostly are instructions of the two-byte maps, VEX, EVEX and x87.
 fn bytes(r: &mut Random) -> [u8; 15] {
     let mut b: [u8; 15] = std::array::from_fn(|_| r.next() as u8);
     let mut at = 0;
@@ -171,7 +178,7 @@ fn bytes(r: &mut Random) -> [u8; 15] {
         b[at] = r.pick(&[0x66, 0xf2, 0xf3, 0x67, 0x48, 0x41, 0x2e, 0xf0]);
         at += 1;
     }
-    match r.next() % 6 {
+    match r.next() % 8 {
         0 => b[at] = 0x0f,
         1 => {
             b[at] = 0x0f;
@@ -183,6 +190,15 @@ fn bytes(r: &mut Random) -> [u8; 15] {
             b[at + 1] = b[at + 1] & 0xe0 | r.pick(&[1, 2, 3]);
         }
         4 => b[at] = 0xd8 | r.next() as u8 & 7,
+        5 | 6 => {
+            b[at] = 0x62;
+            b[at + 1] = b[at + 1] & 0xf0 | r.pick(&[1, 2, 3]);
+            b[at + 2] |= 4;
+            // Mostly not all of the reserved field wrong, and an opcode and operand behind.
+            if r.next().is_multiple_of(2) {
+                b[at + 5] = b[at + 5] & 0x3f | 0x40;
+            }
+        }
         _ => {}
     }
     if r.next().is_multiple_of(2) {
@@ -213,7 +229,7 @@ fn no_bytes_and_no_state_are_too_much() {
         s.regs[reg::RIP] = 0x1000;
         s.rflags = 2 | r.next() & 0xcd5;
         if r.next().is_multiple_of(4) {
-            s.xsave.0[..832]
+            s.xsave.0[..XsaveArea::PKRU]
                 .iter_mut()
                 .for_each(|b| *b = r.next() as u8);
             // MXCSR has no more bits than these.

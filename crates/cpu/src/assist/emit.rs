@@ -4,13 +4,14 @@
 //! endbr64
 //! fnstcw [host_fcw]; stmxcsr [host_mxcsr]; fxrstor64 [x87]   x87 and MMX only
 //! stmxcsr [host_mxcsr]; ldmxcsr [mxcsr]                      SIMD floating point only
-//! movups / vmovups + vinsertf128                             the vector registers read
+//! movups / vmovups + vinsertf128 + vinsertf32x4              the vector registers read
+//! kmovq                                                      the opmask registers read
 //! mov                                                        the general registers used
 //! mov eax, [flags]; add al, 127; sahf                        if it reads flags, or leaves some undefined
 //! THE INSTRUCTION                                            memory operand at [rdi]
 //! mov                                                        the general registers written
 //! seto al; lahf; mov [flags], eax                            if it changes flags
-//! movups / vmovups                                           the vector registers written
+//! movups / vmovups, kmovq                                    the vector and opmask registers written
 //! stmxcsr [mxcsr]; ldmxcsr [host_mxcsr]
 //! fxsave64 [x87]; fninit; fldcw [host_fcw]; ldmxcsr …
 //! vzeroupper; ret
@@ -23,7 +24,7 @@
 use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, Register};
 
 use super::frame::offset;
-use super::plan::{Class, FRAME, Plan};
+use super::plan::{Class, FRAME, Plan, Vector};
 use super::stack::StackUse;
 
 struct Emitter {
@@ -80,6 +81,40 @@ impl Emitter {
         self.plain(Code::Fnclex)
     }
 
+    /// In pieces of 16 bytes, as they were stored: a load of the whole would wait for the stores.
+    fn load_vector(&mut self, class: Class, v: &Vector, lo: i64) -> Result<(), IcedError> {
+        let n = u32::from(v.host);
+        if !matches!(class, Class::Avx | Class::Evex) {
+            return self.load(Code::Movups_xmm_xmmm128, Register::XMM0 + n, lo);
+        }
+        self.load(Code::VEX_Vmovups_xmm_xmmm128, Register::XMM0 + n, lo)?;
+        if v.bytes > 16 {
+            let ymm = Register::YMM0 + n;
+            let code = Code::VEX_Vinsertf128_ymm_ymm_xmmm128_imm8;
+            self.put(&Instruction::with4(code, ymm, ymm, at(lo + 16), 1)?)?;
+        }
+        if v.bytes > 32 {
+            let zmm = Register::ZMM0 + n;
+            let code = Code::EVEX_Vinsertf32x4_zmm_k1z_zmm_xmmm128_imm8;
+            for quarter in [2, 3] {
+                let piece = at(lo + i64::from(quarter) * 16);
+                self.put(&Instruction::with4(code, zmm, zmm, piece, quarter)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn store_vector(&mut self, class: Class, v: &Vector, lo: i64) -> Result<(), IcedError> {
+        let n = u32::from(v.host);
+        let vex = matches!(class, Class::Avx | Class::Evex);
+        match v.bytes {
+            64 => self.store(Code::EVEX_Vmovups_zmmm512_k1z_zmm, lo, Register::ZMM0 + n),
+            32 if vex => self.store(Code::VEX_Vmovups_ymmm256_ymm, lo, Register::YMM0 + n),
+            _ if vex => self.store(Code::VEX_Vmovups_xmmm128_xmm, lo, Register::XMM0 + n),
+            _ => self.store(Code::Movups_xmmm128_xmm, lo, Register::XMM0 + n),
+        }
+    }
+
     fn enter(&mut self, plan: &Plan) -> Result<(), IcedError> {
         if plan.x87 {
             self.memory(Code::Fnstcw_m2byte, offset::HOST_FCW)?;
@@ -94,19 +129,11 @@ impl Emitter {
             self.memory(Code::Ldmxcsr_m32, offset::MXCSR)?;
         }
         for (slot, v) in plan.vectors.iter().enumerate().filter(|(_, v)| v.read) {
-            let n = u32::from(v.host);
-            let lo = offset::vector(slot);
-            if plan.class != Class::Avx {
-                self.load(Code::Movups_xmm_xmmm128, Register::XMM0 + n, lo)?;
-                continue;
-            }
-            self.load(Code::VEX_Vmovups_xmm_xmmm128, Register::XMM0 + n, lo)?;
-            if v.bytes == 32 {
-                // In halves, as they were stored: a load of both would wait for the stores.
-                let ymm = Register::YMM0 + n;
-                let code = Code::VEX_Vinsertf128_ymm_ymm_xmmm128_imm8;
-                self.put(&Instruction::with4(code, ymm, ymm, at(lo + 16), 1)?)?;
-            }
+            self.load_vector(plan.class, v, offset::vector(slot))?;
+        }
+        for (slot, _) in plan.opmasks.iter().enumerate().filter(|(_, k)| k.read) {
+            let register = Register::K1 + slot as u32;
+            self.load(Code::VEX_Kmovq_kr_km64, register, offset::opmask(slot))?;
         }
         for (slot, g) in plan.gprs.iter().enumerate() {
             self.load(Code::Mov_r64_rm64, g.host, offset::gpr(slot))?;
@@ -125,17 +152,11 @@ impl Emitter {
             self.store_flags()?;
         }
         for (slot, v) in plan.vectors.iter().enumerate().filter(|(_, v)| v.write) {
-            let n = u32::from(v.host);
-            let at = offset::vector(slot);
-            match (plan.class, v.bytes) {
-                (Class::Avx, 32) => {
-                    self.store(Code::VEX_Vmovups_ymmm256_ymm, at, Register::YMM0 + n)?
-                }
-                (Class::Avx, _) => {
-                    self.store(Code::VEX_Vmovups_xmmm128_xmm, at, Register::XMM0 + n)?
-                }
-                _ => self.store(Code::Movups_xmmm128_xmm, at, Register::XMM0 + n)?,
-            }
+            self.store_vector(plan.class, v, offset::vector(slot))?;
+        }
+        for (slot, _) in plan.opmasks.iter().enumerate().filter(|(_, k)| k.write) {
+            let register = Register::K1 + slot as u32;
+            self.store(Code::VEX_Kmovq_m64_kr, offset::opmask(slot), register)?;
         }
         if plan.mxcsr {
             self.memory(Code::Stmxcsr_m32, offset::MXCSR)?;
@@ -148,7 +169,7 @@ impl Emitter {
         if plan.x87 || plan.mxcsr {
             self.memory(Code::Ldmxcsr_m32, offset::HOST_MXCSR)?;
         }
-        if plan.class == Class::Avx {
+        if matches!(plan.class, Class::Avx | Class::Evex) {
             self.plain(Code::VEX_Vzeroupper)?;
         }
         self.plain(Code::Retnq)

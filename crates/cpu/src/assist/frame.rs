@@ -10,6 +10,9 @@ pub const VECTORS: usize = 4;
 /// General registers one instruction can use.
 pub const GPRS: usize = 4;
 
+/// Opmask registers one instruction can use.
+pub const OPMASKS: usize = 3;
+
 /// An FXSAVE image.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
@@ -21,10 +24,12 @@ pub struct Image(pub [u8; 512]);
 pub struct Frame {
     /// The memory operand, before or after the instruction.
     pub memory: [u8; 64],
-    /// Vector registers, a ZMM register's room each.
-    pub vectors: [[u8; 64]; VECTORS],
+    /// Vector registers, a ZMM register's room each, in quarters.
+    pub vectors: [[[u8; 16]; 4]; VECTORS],
     /// General registers.
     pub gprs: [u64; GPRS],
+    /// Opmask registers.
+    pub opmasks: [u64; OPMASKS],
     /// Status flags, in and out, as SAHF and LAHF have them in AX, and OF in bit 0.
     pub flags: u32,
     /// MXCSR to run with; afterwards, what the instruction left in it.
@@ -47,8 +52,9 @@ impl Default for Frame {
     fn default() -> Self {
         Self {
             memory: [0; 64],
-            vectors: [[0; 64]; VECTORS],
+            vectors: [[[0; 16]; 4]; VECTORS],
             gprs: [0; GPRS],
+            opmasks: [0; OPMASKS],
             flags: 0,
             mxcsr: 0,
             host_mxcsr: 0,
@@ -107,5 +113,9 @@ pub mod offset {
     /// A slot of `Frame::gprs`.
     pub fn gpr(slot: usize) -> i64 {
         (offset_of!(Frame, gprs) + slot * 8) as i64
+    }
+    /// A slot of `Frame::opmasks`.
+    pub fn opmask(slot: usize) -> i64 {
+        (offset_of!(Frame, opmasks) + slot * 8) as i64
     }
 }

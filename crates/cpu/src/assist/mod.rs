@@ -13,7 +13,10 @@
 
 mod arena;
 mod emit;
+mod features;
 pub mod frame;
+pub mod masking;
+mod names;
 pub mod plan;
 pub mod stack;
 
@@ -24,8 +27,9 @@ use iced_x86::Instruction;
 
 use arena::Arena;
 pub use frame::Frame;
-use frame::{GPRS, VECTORS};
-pub use plan::{Binding, Class, HIGH_BYTE, MemoryUse, Plan, Vector};
+use frame::{GPRS, OPMASKS, VECTORS};
+pub use masking::Masking;
+pub use plan::{Binding, Class, HIGH_BYTE, MemoryUse, Opmask, Plan, Underflow, Vector};
 pub use stack::StackUse;
 
 /// More than there are distinct operations.
@@ -43,6 +47,10 @@ pub struct Stub {
     vector_count: u8,
     gpr_writes: [bool; GPRS],
     gpr_count: u8,
+    /// Opmask slots.
+    pub opmasks: [Opmask; OPMASKS],
+    /// Which elements of the memory operand are accessed.
+    pub masking: Masking,
     /// The memory operand.
     pub memory: MemoryUse,
     /// Its size in bytes.
@@ -55,6 +63,8 @@ pub struct Stub {
     pub flags: u64,
     /// It obeys MXCSR.
     pub mxcsr: bool,
+    /// Whether it may raise underflow.
+    pub underflows: Underflow,
     /// It uses x87 or MMX registers.
     pub x87: bool,
 }
@@ -87,12 +97,15 @@ impl Stub {
             vector_count: plan.vectors.len() as u8,
             gpr_writes,
             gpr_count: plan.gprs.len() as u8,
+            opmasks: plan.opmasks,
+            masking: plan.masking,
             memory: plan.memory,
             size: plan.size,
             aligned: plan.aligned,
             reads_flags: plan.flags_in != 0,
             flags: plan.flags_out,
             mxcsr: plan.mxcsr,
+            underflows: plan.underflows,
             x87: plan.x87,
         }
     }
@@ -208,16 +221,37 @@ impl Registry {
     }
 }
 
+// What `bind` packs: the stub's number in bits 0-19; the broadcast's size (log2) and whether the
+// destination starts blank in bits 20-22; vector registers from bit 24, general registers from bit
+// 44, 5 bits each. EVEX-encoded instructions use two general registers at most, and the opmask
+// registers take the place of the others, 3 bits each.
+const NUMBER: u64 = (1 << 20) - 1;
+const BROADCAST: u32 = 20;
+const BLANK: u32 = 22;
+const VECTOR_BITS: u32 = 24;
+const GPR_BITS: u32 = 44;
+const OPMASK_BITS: u32 = 54;
+
 /// Finds or makes the stub of an instruction. The result, for [`lookup`], packs its number and the
 /// [`Binding`]; `None` if the instruction is none that can run in a stub.
 pub fn bind(raw: &Instruction) -> Option<u64> {
     let (plan, binding) = Plan::of(raw)?;
     let mut packed = u64::from(registry().number(&plan)?);
-    for (i, v) in binding.vectors.iter().enumerate() {
-        packed |= u64::from(*v & 31) << (24 + 5 * i);
+    for (i, v) in (0..).zip(&binding.vectors) {
+        packed |= u64::from(*v & 31) << (VECTOR_BITS + 5 * i);
     }
-    for (i, g) in binding.gprs.iter().enumerate() {
-        packed |= u64::from(*g & 31) << (44 + 5 * i);
+    for (i, g) in (0..).zip(&binding.gprs) {
+        packed |= u64::from(*g & 31) << (GPR_BITS + 5 * i);
+    }
+    if plan.class == Class::Evex {
+        if plan.gprs.len() > 2 {
+            return None;
+        }
+        packed |= u64::from(binding.blank) << BLANK;
+        packed |= u64::from(binding.broadcast.max(1).ilog2()) << BROADCAST;
+        for (i, k) in (0..).zip(&binding.opmasks) {
+            packed |= u64::from(*k & 7) << (OPMASK_BITS + 3 * i);
+        }
     }
     Some(packed)
 }
@@ -227,21 +261,34 @@ pub fn serves(raw: &Instruction) -> bool {
     Plan::of(raw).is_some()
 }
 
-/// The stub and binding that [`bind`] packed.
+/// The stub and binding that [`bind`] packed, of an instruction that is not EVEX-encoded.
 #[inline(always)]
 pub fn lookup(packed: u64) -> Option<(&'static Stub, Binding)> {
-    let stub = REGISTRY.get()?.get(packed as u32 & 0xff_ffff)?;
+    let stub = REGISTRY.get()?.get((packed & NUMBER) as u32)?;
     let mut b = Binding::default();
-    for (i, v) in b.vectors.iter_mut().enumerate() {
-        *v = (packed >> (24 + 5 * i)) as u8 & 31;
+    for (i, v) in (0..).zip(&mut b.vectors) {
+        *v = (packed >> (VECTOR_BITS + 5 * i)) as u8 & 31;
     }
-    for (i, g) in b.gprs.iter_mut().enumerate() {
-        *g = (packed >> (44 + 5 * i)) as u8 & 31;
+    for (i, g) in (0..).zip(&mut b.gprs) {
+        *g = (packed >> (GPR_BITS + 5 * i)) as u8 & 31;
+    }
+    Some((stub, b))
+}
+
+/// As [`lookup`], of an EVEX-encoded instruction.
+#[inline(always)]
+pub fn lookup_evex(packed: u64) -> Option<(&'static Stub, Binding)> {
+    let (stub, mut b) = lookup(packed)?;
+    b.blank = packed >> BLANK & 1 != 0;
+    // There is no broadcast of single bytes.
+    b.broadcast = 1 << (packed >> BROADCAST & 3) & !1;
+    for (i, k) in (0..).zip(&mut b.opmasks) {
+        *k = (packed >> (OPMASK_BITS + 3 * i)) as u8 & 7;
     }
     Some((stub, b))
 }
 
 /// Whether the host can execute an instruction.
 pub fn host_has(raw: &Instruction) -> bool {
-    plan::host_has(raw.code())
+    features::host_has(raw.code())
 }

@@ -5,17 +5,17 @@
 //! registers its guest form names; which guest registers fill the slots is the [`Binding`].
 
 use iced_x86::{
-    Code, CodeSize, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
-    Mnemonic, OpAccess, OpKind, Register, RflagsBits,
+    EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+    RflagsBits, RoundingControl,
 };
 
-use super::frame::{GPRS, VECTORS};
+use super::features::eligible;
+use super::frame::{GPRS, OPMASKS, VECTORS};
+use super::masking::Masking;
+use super::names::Names;
 use super::stack::StackUse;
 use crate::state::rflags;
 
-/// General registers explicit operands are renamed to. No instruction uses one of them implicitly,
-/// and a stub may clobber them.
-const GPR_POOL: [Register; GPRS] = [Register::R8, Register::R9, Register::R10, Register::R11];
 /// The register that holds the frame's address.
 pub const FRAME: Register = Register::RDI;
 
@@ -34,6 +34,21 @@ pub enum Class {
     Sse,
     /// XMM or YMM registers, VEX encoding.
     Avx,
+    /// Opmask registers, VEX encoding.
+    Opmask,
+    /// Vector registers, EVEX encoding.
+    Evex,
+}
+
+/// What an instruction that obeys MXCSR does about tiny results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Underflow {
+    /// It raises underflow, unless flush-to-zero has its way.
+    Raised,
+    /// It does not, but flushes to zero where underflow is masked.
+    NotRaised,
+    /// All exceptions are suppressed and count as masked (EVEX).
+    Suppressed,
 }
 
 /// How the memory operand is used.
@@ -56,7 +71,7 @@ pub struct Vector {
     pub read: bool,
     /// Stored after it.
     pub write: bool,
-    /// 16 or 32.
+    /// 16, 32 or 64.
     pub bytes: u8,
 }
 
@@ -69,6 +84,15 @@ pub struct Gpr {
     pub write: bool,
 }
 
+/// One opmask register slot. Its host register is that of the slot's number plus one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Opmask {
+    /// Loaded before the instruction.
+    pub read: bool,
+    /// Stored after it.
+    pub write: bool,
+}
+
 /// The guest registers in a stub's slots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Binding {
@@ -76,6 +100,13 @@ pub struct Binding {
     pub vectors: [u8; VECTORS],
     /// General register numbers; bit 4: the second byte of the register (AH to BH).
     pub gprs: [u8; GPRS],
+    /// Opmask register numbers.
+    pub opmasks: [u8; OPMASKS],
+    /// The vector destination counts as zero before the instruction: what the write mask leaves
+    /// alone is cleared, or there is no write mask.
+    pub blank: bool,
+    /// Bytes of the element that the memory operand repeats; 0 if it is whole.
+    pub broadcast: u8,
 }
 
 /// The second byte of a register, in [`Binding::gprs`].
@@ -92,6 +123,10 @@ pub struct Plan {
     pub vectors: Vec<Vector>,
     /// General register slots.
     pub gprs: Vec<Gpr>,
+    /// Opmask register slots.
+    pub opmasks: [Opmask; OPMASKS],
+    /// Which elements of the memory operand are accessed.
+    pub masking: Masking,
     /// The memory operand.
     pub memory: MemoryUse,
     /// Its size in bytes.
@@ -104,6 +139,8 @@ pub struct Plan {
     pub flags_out: u64,
     /// It obeys MXCSR and may raise SIMD floating-point exceptions.
     pub mxcsr: bool,
+    /// Whether underflow is among them.
+    pub underflows: Underflow,
     /// It uses x87 or MMX registers.
     pub x87: bool,
     /// For x87 instructions that can do with a part of the state.
@@ -117,7 +154,14 @@ impl Plan {
             return None;
         }
         let mut factory = InstructionInfoFactory::new();
-        let (insn, renamed) = Names::apply(raw)?;
+        let (mut insn, renamed) = Names::apply(raw)?;
+        // A destination that is only written can be cleared before instead of by the instruction.
+        let blank = raw.encoding() == EncodingKind::EVEX
+            && raw.op_count() > 0
+            && factory.info(raw).op0_access() == OpAccess::Write;
+        if blank && !blends(raw.mnemonic()) {
+            insn.set_zeroing_masking(false);
+        }
         let info = factory.info(&insn);
         let legacy = raw.encoding() == EncodingKind::Legacy;
 
@@ -126,16 +170,25 @@ impl Plan {
             class: Class::Gpr,
             vectors: Vec::new(),
             gprs: Vec::new(),
+            opmasks: Default::default(),
+            masking: Masking::of(&insn, renamed.write_mask),
             memory: MemoryUse::None,
             size: 0,
             aligned: false,
             flags_in: status_flags(insn.rflags_read() | insn.rflags_undefined()),
             flags_out: status_flags(insn.rflags_modified()),
             mxcsr: false,
+            underflows: underflow(raw),
             stack: if is_x87(raw) { StackUse::of(raw) } else { None },
             x87: is_x87(raw) || raw.mnemonic() == Mnemonic::Emms,
         };
-        let mut binding = Binding::default();
+        let mut binding = Binding {
+            blank,
+            ..Binding::default()
+        };
+        if raw.is_broadcast() {
+            binding.broadcast = u8::try_from(raw.memory_size().size()).ok()?;
+        }
         for used in info.used_registers() {
             let r = used.register();
             plan.x87 |= r.is_mm() || r.is_st();
@@ -176,6 +229,12 @@ impl Plan {
                 if write && binding.gprs[at] & HIGH_BYTE != 0 {
                     return None;
                 }
+            } else if r.is_k() {
+                let at = r.number().checked_sub(1)?;
+                let slot = plan.opmasks.get_mut(at)?;
+                slot.read |= read;
+                slot.write |= write;
+                binding.opmasks[at] = renamed.guest_opmask(r.number() as u8)?;
             }
         }
         // The width of a slot is that of the widest operand that names it; the information above
@@ -211,6 +270,7 @@ impl Plan {
         plan.mxcsr = obeys_mxcsr(raw);
         let vector = !plan.vectors.is_empty() || plan.mxcsr;
         plan.class = match (vector, legacy) {
+            _ if raw.encoding() == EncodingKind::EVEX => Class::Evex,
             (true, true) => Class::Sse,
             (true, false) => Class::Avx,
             (false, true) if is_x87(raw) => Class::X87,
@@ -223,70 +283,18 @@ impl Plan {
     }
 }
 
-/// Whether every feature the instruction belongs to is one whose instructions compute and nothing
-/// else.
-fn eligible(raw: &Instruction) -> bool {
-    use CpuidFeature as F;
-    const COMPUTING: &[CpuidFeature] = &[
-        F::ADX,
-        F::AES,
-        F::AVX,
-        F::AVX2,
-        F::AVX_VNNI,
-        F::BMI1,
-        F::BMI2,
-        F::F16C,
-        F::FMA,
-        F::GFNI,
-        F::LZCNT,
-        F::MMX,
-        F::MOVBE,
-        F::PCLMULQDQ,
-        F::POPCNT,
-        F::RDRAND,
-        F::RDSEED,
-        F::SHA,
-        F::SSE,
-        F::SSE2,
-        F::SSE3,
-        F::SSE4A,
-        F::SSE4_1,
-        F::SSE4_2,
-        F::SSSE3,
-        F::VAES,
-        F::VPCLMULQDQ,
-    ];
-    const X87: &[CpuidFeature] = &[F::FPU, F::FPU287, F::FPU387, F::CMOV, F::SSE3];
-    let features = raw.cpuid_features();
-    let known = features.iter().all(|f| COMPUTING.contains(f))
-        || is_x87(raw) && features.iter().all(|f| X87.contains(f));
-    known
-        && !features.is_empty()
-        && raw.flow_control() == FlowControl::Next
-        && !raw.is_privileged()
-        && !raw.has_lock_prefix()
-        && !raw.is_vsib()
-        && !is_masked_store(raw.mnemonic())
-        && matches!(raw.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
-}
-
-/// Stores of some elements only, whose addresses the others must not touch.
-fn is_masked_store(m: Mnemonic) -> bool {
+/// Whether the mask chooses between two sources.
+fn blends(m: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         m,
-        M::Maskmovq
-            | M::Maskmovdqu
-            | M::Vmaskmovdqu
-            | M::Vmaskmovps
-            | M::Vmaskmovpd
-            | M::Vpmaskmovd
-            | M::Vpmaskmovq
+        M::Vblendmps | M::Vblendmpd | M::Vpblendmb | M::Vpblendmw | M::Vpblendmd | M::Vpblendmq
     )
 }
 
-fn is_x87(raw: &Instruction) -> bool {
-    use CpuidFeature as F;
+/// Whether it is an x87 instruction.
+pub fn is_x87(raw: &Instruction) -> bool {
+    use iced_x86::CpuidFeature as F;
     raw.cpuid_features()
         .iter()
         .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
@@ -294,99 +302,6 @@ fn is_x87(raw: &Instruction) -> bool {
 
 fn has_memory(raw: &Instruction) -> bool {
     raw.op_kinds().any(|k| k == OpKind::Memory)
-}
-
-/// Which guest registers the renamed operands stand for, in order of appearance. A guest register
-/// that is named twice gets two names: an instruction writes only one of its operands, and so forms
-/// that differ in which operands coincide share one stub.
-#[derive(Default)]
-struct Names {
-    /// Of the vector registers from 1 up; XMM0 is left for implicit use.
-    vectors: Vec<u8>,
-    /// Of [`GPR_POOL`].
-    gprs: Vec<u8>,
-}
-
-impl Names {
-    /// The instruction with registers renamed and its memory operand in the frame.
-    fn apply(raw: &Instruction) -> Option<(Instruction, Self)> {
-        let mut names = Self::default();
-        let mut insn = *raw;
-        insn.set_code_size(CodeSize::Code64);
-        for i in 0..raw.op_count() {
-            match raw.op_kind(i) {
-                OpKind::Register => insn.set_op_register(i, names.rename(raw.op_register(i))?),
-                OpKind::Memory => {
-                    insn.set_segment_prefix(Register::None);
-                    insn.set_memory_base(FRAME);
-                    insn.set_memory_index(Register::None);
-                    insn.set_memory_index_scale(1);
-                    insn.set_memory_displ_size(0);
-                    insn.set_memory_displacement64(super::frame::offset::MEMORY as u64);
-                }
-                OpKind::Immediate8
-                | OpKind::Immediate8_2nd
-                | OpKind::Immediate16
-                | OpKind::Immediate32
-                | OpKind::Immediate64
-                | OpKind::Immediate8to16
-                | OpKind::Immediate8to32
-                | OpKind::Immediate8to64
-                | OpKind::Immediate32to64 => {}
-                _ => return None,
-            }
-        }
-        if matches!(raw.mnemonic(), Mnemonic::Extrq | Mnemonic::Insertq)
-            && insn.op_kinds().any(|k| k == OpKind::Immediate8_2nd)
-        {
-            // Length and index have six bits each.
-            insn.set_immediate8(insn.immediate8() & 63);
-            insn.set_immediate8_2nd(insn.immediate8_2nd() & 63);
-        }
-        Some((insn, names))
-    }
-
-    fn rename(&mut self, r: Register) -> Option<Register> {
-        if r.is_vector_register() {
-            self.vectors.push(r.number() as u8);
-            return Some(r.base() + self.vectors.len() as u32);
-        }
-        if !r.is_gpr() {
-            return (r.is_mm() || r.is_st()).then_some(r);
-        }
-        let n = GPR_POOL.get(self.gprs.len())?.number() as u32;
-        self.gprs.push(guest_code(r));
-        Some(match r.size() {
-            8 => Register::RAX + n,
-            4 => Register::EAX + n,
-            2 => Register::AX + n,
-            // R8L is 12 behind AL: AH to BH and SPL to DIL are between.
-            _ => Register::R8L + (n - 8),
-        })
-    }
-
-    /// The guest register a host register stands for; its own name if it is used implicitly.
-    fn guest_vector(&self, host: u8) -> u8 {
-        let at = usize::from(host).checked_sub(1);
-        at.and_then(|at| self.vectors.get(at)).map_or(host, |g| *g)
-    }
-
-    fn guest_gpr(&self, host: Register) -> Option<u8> {
-        if let Some(at) = GPR_POOL.iter().position(|r| *r == host) {
-            return self.gprs.get(at).copied();
-        }
-        // Implicit operands the stub can leave in their own registers.
-        matches!(host, Register::RAX | Register::RCX | Register::RDX).then(|| host.number() as u8)
-    }
-}
-
-fn is_high_byte(r: Register) -> bool {
-    matches!(r, Register::AH | Register::CH | Register::DH | Register::BH)
-}
-
-fn guest_code(r: Register) -> u8 {
-    let n = r.full_register().number() as u8;
-    if is_high_byte(r) { n | HIGH_BYTE } else { n }
 }
 
 fn status_flags(iced: u32) -> u64 {
@@ -404,11 +319,13 @@ fn status_flags(iced: u32) -> u64 {
 }
 
 /// Whether the instruction is one of those that round, compare or convert floating-point numbers
-/// under MXCSR (SDM Vol. 2, table 2-17 ff.: those that can raise #XM), told by its name.
+/// under MXCSR (SDM Vol. 2, table 2-17 ff.: those that can raise #XM, and some that only look at its
+/// DAZ bit), told by its name.
 fn obeys_mxcsr(raw: &Instruction) -> bool {
     const STEMS: &[&str] = &[
         "add", "sub", "mul", "div", "sqrt", "min", "max", "cmp", "comi", "ucomi", "cvt", "round",
-        "dpp", "hadd", "hsub", "fm", "fnm",
+        "dpp", "hadd", "hsub", "fm", "fnm", "fixup", "fpclass", "getexp", "getmant", "range",
+        "rcp14", "reduce", "rndscale", "rsqrt14", "scalef",
     ];
     if is_x87(raw) || raw.mnemonic() == Mnemonic::Mulx {
         return false;
@@ -416,6 +333,19 @@ fn obeys_mxcsr(raw: &Instruction) -> bool {
     let name = format!("{:?}", raw.mnemonic()).to_ascii_lowercase();
     let stem = name.strip_prefix('v').unwrap_or(&name);
     STEMS.iter().any(|s| stem.starts_with(s))
+}
+
+fn underflow(raw: &Instruction) -> Underflow {
+    use Mnemonic as M;
+    let suppressed =
+        raw.suppress_all_exceptions() || raw.rounding_control() != RoundingControl::None;
+    match raw.mnemonic() {
+        _ if suppressed => Underflow::Suppressed,
+        M::Vreduceps | M::Vreducepd | M::Vreducess | M::Vreducesd => Underflow::NotRaised,
+        M::Vrcp14ps | M::Vrcp14pd | M::Vrcp14ss | M::Vrcp14sd => Underflow::NotRaised,
+        M::Vrsqrt14ps | M::Vrsqrt14pd | M::Vrsqrt14ss | M::Vrsqrt14sd => Underflow::NotRaised,
+        _ => Underflow::Raised,
+    }
 }
 
 /// Whether a misaligned operand is #GP(0): all 16-byte operands of legacy SSE but those of the
@@ -437,11 +367,13 @@ fn aligned(raw: &Instruction, class: Class, size: u8) -> bool {
                         | M::Pcmpistrm
                 )
         }
-        Class::Avx => matches!(
+        Class::Avx | Class::Evex => matches!(
             raw.mnemonic(),
             M::Vmovaps
                 | M::Vmovapd
                 | M::Vmovdqa
+                | M::Vmovdqa32
+                | M::Vmovdqa64
                 | M::Vmovntps
                 | M::Vmovntpd
                 | M::Vmovntdq
@@ -449,37 +381,4 @@ fn aligned(raw: &Instruction, class: Class, size: u8) -> bool {
         ),
         _ => false,
     }
-}
-
-/// Whether the host has what an instruction needs.
-pub fn host_has(code: Code) -> bool {
-    use CpuidFeature as F;
-    use std::is_x86_feature_detected as has;
-    code.cpuid_features().iter().all(|f| match f {
-        F::SSE3 => has!("sse3"),
-        F::SSSE3 => has!("ssse3"),
-        F::SSE4_1 => has!("sse4.1"),
-        F::SSE4_2 => has!("sse4.2"),
-        F::SSE4A => has!("sse4a"),
-        F::AES => has!("aes"),
-        F::PCLMULQDQ => has!("pclmulqdq"),
-        F::SHA => has!("sha"),
-        F::GFNI => has!("gfni"),
-        F::VAES => has!("vaes"),
-        F::VPCLMULQDQ => has!("vpclmulqdq"),
-        F::AVX => has!("avx"),
-        F::AVX2 => has!("avx2"),
-        F::AVX_VNNI => has!("avxvnni"),
-        F::F16C => has!("f16c"),
-        F::FMA => has!("fma"),
-        F::BMI1 => has!("bmi1"),
-        F::BMI2 => has!("bmi2"),
-        F::ADX => has!("adx"),
-        F::LZCNT => has!("lzcnt"),
-        F::POPCNT => has!("popcnt"),
-        F::MOVBE => has!("movbe"),
-        F::RDRAND => has!("rdrand"),
-        F::RDSEED => has!("rdseed"),
-        _ => true,
-    })
 }

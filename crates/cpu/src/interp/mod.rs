@@ -18,10 +18,14 @@ mod io;
 mod logic;
 mod mov;
 mod muldiv;
+mod opmask;
 mod shift;
 pub mod simd;
+mod simd_evex;
+mod simd_gather;
 mod simd_masked;
 mod simd_moves;
+mod simd_registers;
 mod simd_state;
 mod stack;
 mod string;
@@ -51,6 +55,7 @@ const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
     io::select,
     x87::select,
     simd_state::select,
+    simd_gather::select,
     simd_masked::select,
     xsave::select,
     cache::select,

@@ -3,7 +3,7 @@
 
 use iced_x86::EncodingKind;
 
-use crate::assist::{self, Class, Frame, HIGH_BYTE, MemoryUse};
+use crate::assist::{self, Class, Frame, HIGH_BYTE, MemoryUse, Stub, Underflow};
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
 use crate::events::vector;
@@ -20,6 +20,8 @@ pub mod xcr0 {
     pub const ZMM_HI256: u64 = 1 << 6;
     pub const HI16_ZMM: u64 = 1 << 7;
     pub const PKRU: u64 = 1 << 9;
+    /// What EVEX-encoded instructions need.
+    pub const AVX512: u64 = SSE | AVX | OPMASK | ZMM_HI256 | HI16_ZMM;
 }
 
 /// MXCSR's exception flags.
@@ -34,14 +36,19 @@ pub const MXCSR_MASK: u32 = 0xffff;
 
 /// The handler of an instruction that a stub can run; the stub's number goes into the instruction.
 pub fn select(insn: &mut Insn) -> Option<Handler> {
-    if let Some(handler) = super::simd_moves::select(insn) {
-        return Some(handler);
+    let moves = super::simd_moves::select(insn).or_else(|| super::opmask::select(insn));
+    if moves.is_some() {
+        return moves;
     }
     match assist::bind(&insn.raw) {
         Some(packed) if assist::host_has(&insn.raw) => {
             insn.imm = packed;
             let x87 = assist::lookup(packed).is_some_and(|(stub, _)| stub.stack().is_some());
-            Some(if x87 { super::x87::native } else { native })
+            Some(match insn.raw.encoding() {
+                EncodingKind::EVEX => super::simd_evex::native,
+                _ if x87 => super::x87::native,
+                _ => native,
+            })
         }
         Some(_) => Some(unavailable),
         // CPUID offers no extension with these encodings but those that stubs serve, and XCR0
@@ -94,18 +101,26 @@ impl Cpu {
                 }
                 if enabled { vector::NM } else { vector::UD }
             }
-            Class::Avx => {
-                const AVX: u64 = xcr0::SSE | xcr0::AVX;
-                let enabled = s.cr4 & cr4::OSXSAVE != 0
-                    && s.xcr0 & AVX == AVX
-                    && s.protected()
-                    && !s.virtual_8086();
-                if enabled && s.cr0 & cr0::TS == 0 {
-                    return Ok(());
-                }
-                if enabled { vector::NM } else { vector::UD }
-            }
+            Class::Avx => return self.check_extended(xcr0::SSE | xcr0::AVX),
+            Class::Opmask => return self.check_extended(xcr0::SSE | xcr0::OPMASK),
+            Class::Evex => return self.check_extended(xcr0::AVX512),
         };
+        Err(self.raise_vector(fault))
+    }
+
+    /// As [`Cpu::check_class`], of classes that need CR4.OSXSAVE and these bits of XCR0 (SDM Vol. 2,
+    /// 2.8, "OS XSAVE Enabling Requirements").
+    #[inline(always)]
+    fn check_extended(&mut self, components: u64) -> Result<(), Stop> {
+        let s = &self.state;
+        let enabled = s.cr4 & cr4::OSXSAVE != 0
+            && s.xcr0 & components == components
+            && s.protected()
+            && !s.virtual_8086();
+        if enabled && s.cr0 & cr0::TS == 0 {
+            return Ok(());
+        }
+        let fault = if enabled { vector::NM } else { vector::UD };
         Err(self.raise_vector(fault))
     }
 
@@ -118,41 +133,6 @@ impl Cpu {
             return Ok(());
         }
         Err(self.raise_vector(vector::MF))
-    }
-
-    /// Low 16 bytes of a vector register.
-    #[inline(always)]
-    pub(crate) fn xmm(&self, n: u8) -> [u8; 16] {
-        let at = XsaveArea::XMM + usize::from(n & 15) * 16;
-        let mut v = [0; 16];
-        v.copy_from_slice(&self.state.xsave.0[at..at + 16]);
-        v
-    }
-    /// Bytes 16-31 of a vector register.
-    #[inline(always)]
-    pub(crate) fn ymm_hi(&self, n: u8) -> [u8; 16] {
-        let at = XsaveArea::YMM_HI + usize::from(n & 15) * 16;
-        let mut v = [0; 16];
-        v.copy_from_slice(&self.state.xsave.0[at..at + 16]);
-        v
-    }
-    /// Sets the low 16 bytes of a vector register, the rest stays (legacy SSE).
-    #[inline(always)]
-    pub(crate) fn set_xmm(&mut self, n: u8, v: &[u8; 16]) {
-        let at = XsaveArea::XMM + usize::from(n & 15) * 16;
-        self.state.xsave.0[at..at + 16].copy_from_slice(v);
-    }
-    /// Sets 32 bytes of a vector register and clears the rest (VEX).
-    #[inline(always)]
-    pub(crate) fn set_ymm(&mut self, n: u8, lo: &[u8; 16], hi: &[u8; 16]) {
-        self.set_xmm(n, lo);
-        let n = usize::from(n & 15);
-        let at = XsaveArea::YMM_HI + n * 16;
-        self.state.xsave.0[at..at + 16].copy_from_slice(hi);
-        if self.state.xcr0 & xcr0::ZMM_HI256 != 0 {
-            let at = XsaveArea::ZMM_HI + n * 32;
-            self.state.xsave.0[at..at + 32].fill(0);
-        }
     }
 
     /// Reads a memory operand of 1 to 64 bytes; up to 8 bytes are a single access.
@@ -187,16 +167,29 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn write_operand(&mut self, insn: &Insn, data: &[u8]) -> Result<(), Stop> {
         let offset = self.effective_address(insn);
+        self.write_element(insn.seg, offset, data)
+    }
+
+    /// As [`Cpu::write_operand`], at an offset through a segment code.
+    #[inline(always)]
+    pub(crate) fn write_element(&mut self, seg: u8, offset: u64, data: &[u8]) -> Result<(), Stop> {
         match *data {
-            [a] => self.write_at(insn.seg, offset, a),
-            [a, b] => self.write_at(insn.seg, offset, u16::from_le_bytes([a, b])),
-            [a, b, c, d] => self.write_at(insn.seg, offset, u32::from_le_bytes([a, b, c, d])),
-            [a, b, c, d, e, f, g, h] => self.write_at(
-                insn.seg,
-                offset,
-                u64::from_le_bytes([a, b, c, d, e, f, g, h]),
-            ),
-            _ => self.write_bytes(insn.seg, offset, data),
+            [a] => self.write_at(seg, offset, a),
+            [a, b] => self.write_at(seg, offset, u16::from_le_bytes([a, b])),
+            [a, b, c, d] => self.write_at(seg, offset, u32::from_le_bytes([a, b, c, d])),
+            [a, b, c, d, e, f, g, h] => {
+                self.write_at(seg, offset, u64::from_le_bytes([a, b, c, d, e, f, g, h]))
+            }
+            _ => self.write_bytes(seg, offset, data),
+        }
+    }
+
+    /// Sets exception flags in MXCSR.
+    #[inline(always)]
+    pub(super) fn add_mxcsr_flags(&mut self, flags: u32) {
+        if flags != 0 {
+            let mxcsr = self.state.xsave.u32(XsaveArea::MXCSR);
+            self.state.xsave.set_u32(XsaveArea::MXCSR, mxcsr | flags);
         }
     }
 
@@ -236,11 +229,9 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
 
     for (slot, v) in stub.vectors().iter().enumerate().filter(|(_, v)| v.read) {
         let n = binding.vectors[slot];
-        let lo = cpu.xmm(n);
-        cpu.assist.vectors[slot][..16].copy_from_slice(&lo);
+        cpu.assist.vectors[slot][0] = cpu.xmm(n);
         if v.bytes == 32 {
-            let hi = cpu.ymm_hi(n);
-            cpu.assist.vectors[slot][16..32].copy_from_slice(&hi);
+            cpu.assist.vectors[slot][1] = cpu.ymm_hi(n);
         }
     }
     for slot in 0..stub.gprs().len() {
@@ -251,30 +242,21 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     if stub.reads_flags {
         cpu.assist.set_flags(cpu.state.rflags);
     }
-    let mxcsr = cpu.state.xsave.u32(XsaveArea::MXCSR);
-    cpu.assist.mxcsr = host_mxcsr(mxcsr);
+    let mxcsr = run_mxcsr(cpu, stub);
     if stub.x87 {
         load_x87(cpu);
     }
 
+    probe_store(cpu, insn, stub)?;
     stub.call(&mut cpu.assist);
 
-    if stub.mxcsr {
-        let raised = cpu.assist.mxcsr & MXCSR_FLAGS;
-        let unmasked = raised & !(mxcsr >> 7) & MXCSR_FLAGS;
-        if unmasked != 0 {
-            return Err(simd_exception(cpu, mxcsr, raised, unmasked));
-        }
-    }
+    let raised = finish_mxcsr(cpu, stub, mxcsr)?;
     let stored = stub.class != Class::X87 || !x87_store_withheld(&cpu.assist);
     if stub.memory == MemoryUse::Write && stored {
         let data = cpu.assist.memory;
         cpu.write_operand(insn, data.get(..size).unwrap_or_default())?;
     }
-    if stub.mxcsr {
-        let raised = cpu.assist.mxcsr & MXCSR_FLAGS;
-        cpu.state.xsave.set_u32(XsaveArea::MXCSR, mxcsr | raised);
-    }
+    cpu.add_mxcsr_flags(raised);
     if stub.x87 {
         store_x87(cpu);
         if stub.class == Class::X87 {
@@ -283,13 +265,9 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     }
     for (slot, v) in stub.vectors().iter().enumerate().filter(|(_, v)| v.write) {
         let n = binding.vectors[slot];
-        let (halves, _) = cpu.assist.vectors[slot].as_chunks::<16>();
-        let lo = halves[0];
+        let [lo, hi, ..] = cpu.assist.vectors[slot];
         match (stub.class, v.bytes) {
-            (Class::Avx, 32) => {
-                let hi = halves[1];
-                cpu.set_ymm(n, &lo, &hi);
-            }
+            (Class::Avx, 32) => cpu.set_ymm(n, &lo, &hi),
             (Class::Avx, _) => cpu.set_ymm(n, &lo, &[0; 16]),
             _ => cpu.set_xmm(n, &lo),
         }
@@ -327,12 +305,51 @@ pub(super) fn load_operand(cpu: &mut Cpu, insn: &Insn, size: usize) -> Result<()
     Ok(())
 }
 
+/// Sets the MXCSR to run with; the guest's.
+#[inline(always)]
+pub(super) fn run_mxcsr(cpu: &mut Cpu, stub: &Stub) -> u32 {
+    let mxcsr = cpu.state.xsave.u32(XsaveArea::MXCSR);
+    cpu.assist.mxcsr = host_mxcsr(mxcsr, stub.underflows);
+    mxcsr
+}
+
+/// A store's page fault comes before its SIMD floating-point exceptions.
+#[inline(always)]
+fn probe_store(cpu: &mut Cpu, insn: &Insn, stub: &Stub) -> Result<(), Stop> {
+    if stub.mxcsr && stub.memory == MemoryUse::Write {
+        let offset = cpu.effective_address(insn);
+        return cpu.probe_write(insn.seg, offset, stub.size.into());
+    }
+    Ok(())
+}
+
+/// The exception flags an instruction raised, after it ran; an unmasked one stops it.
+#[inline(always)]
+pub(super) fn finish_mxcsr(cpu: &mut Cpu, stub: &Stub, mxcsr: u32) -> Result<u32, Stop> {
+    if !stub.mxcsr {
+        return Ok(0);
+    }
+    let raised = cpu.assist.mxcsr & MXCSR_FLAGS;
+    let unmasked = raised & !(mxcsr >> 7) & MXCSR_FLAGS;
+    if unmasked != 0 {
+        return Err(simd_exception(cpu, mxcsr, raised, unmasked));
+    }
+    Ok(raised)
+}
+
 /// The MXCSR to run with: the guest's rounding and denormal modes, every exception masked, no flag
 /// set. With underflow unmasked, a tiny result is an underflow even if it is exact; flush-to-zero
 /// makes the host report it so, and the flushed result is never committed.
-fn host_mxcsr(guest: u32) -> u32 {
-    let ftz = if guest & MXCSR_UM == 0 { MXCSR_FTZ } else { 0 };
-    guest & MXCSR_MASK & !MXCSR_FLAGS | MXCSR_MASKS | ftz
+fn host_mxcsr(guest: u32, underflows: Underflow) -> u32 {
+    let mut mode = guest & MXCSR_MASK & !MXCSR_FLAGS;
+    if guest & MXCSR_UM == 0 {
+        match underflows {
+            Underflow::Raised => mode |= MXCSR_FTZ,
+            Underflow::NotRaised => mode &= !MXCSR_FTZ,
+            Underflow::Suppressed => {}
+        }
+    }
+    mode | MXCSR_MASKS
 }
 
 /// An unmasked SIMD floating-point exception: flags are set, nothing else is (SDM Vol. 1, 11.5.3).

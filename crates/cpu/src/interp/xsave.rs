@@ -86,13 +86,14 @@ pub fn in_use(s: &CpuState) -> u64 {
     bits
 }
 
-/// How many of the bytes of a component of sixteen registers are reached: half outside 64-bit mode.
+/// How many of the bytes of a component are reached: outside 64-bit mode half of those of sixteen
+/// registers, and nothing of ZMM16-31 (SDM Vol. 1, 13.5).
 fn reach(cpu: &Cpu, bit: u64, size: usize) -> usize {
-    let halved = matches!(bit, xcr0::SSE | xcr0::AVX | xcr0::ZMM_HI256);
-    if halved && !cpu.mode().code64() {
-        size / 2
-    } else {
-        size
+    match bit {
+        _ if cpu.mode().code64() => size,
+        xcr0::SSE | xcr0::AVX | xcr0::ZMM_HI256 => size / 2,
+        xcr0::HI16_ZMM => 0,
+        _ => size,
     }
 }
 
@@ -319,7 +320,7 @@ struct Pieces {
 
 impl Pieces {
     fn add(&mut self, offset: usize, from: usize, len: usize) {
-        if let Some(piece) = self.all.get_mut(self.n) {
+        if let Some(piece) = self.all.get_mut(self.n).filter(|_| len != 0) {
             *piece = (offset, from, len);
             self.n += 1;
         }
@@ -396,7 +397,7 @@ fn restore(cpu: &mut Cpu, insn: &Insn, supervisor: bool) -> Result<(), Stop> {
     }
     for (bit, offset, standard, size) in offsets(compacted.then_some(xcomp_bv)) {
         let to = standard..standard + reach(cpu, bit, size);
-        if load & bit != 0 {
+        if load & bit != 0 && !to.is_empty() {
             cpu.read_bytes(insn.seg, at(offset), &mut new.0[to])?;
         }
     }
