@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::block::BlockCache;
-use crate::events::vector;
+use crate::events::{SHADOW_MOV_SS, vector};
 use crate::exit::{Exit, Fault, Stop};
 use crate::io::Io;
 use crate::machine::Machine;
@@ -11,7 +11,7 @@ use crate::memory::{GuestMemory, MemoryMap, Participant};
 use crate::mmu::tlb::Tlb;
 use crate::mode::Mode;
 use crate::requests::Requests;
-use crate::state::{CpuState, seg};
+use crate::state::{CpuState, rflags, seg};
 use crate::trace::Trace;
 
 /// Counters of one processor.
@@ -82,7 +82,8 @@ pub struct Cpu {
     pub(crate) check_events: bool,
     /// The interrupt shadow before the current instruction.
     pub(crate) prior_shadow: u8,
-    /// DR6 bits of data and I/O breakpoints the current instruction hit.
+    /// DR6 bits of traps that were noted (data and I/O breakpoints, a task's T flag) and are to
+    /// become a #DB behind the current instruction or delivery.
     pub(crate) debug_hits: u64,
     /// The current instruction is executed alone (TF, debugging): REP does one iteration.
     pub(crate) stepping: bool,
@@ -175,6 +176,10 @@ impl Cpu {
     pub fn state_changed(&mut self) {
         self.reload_address_space();
         self.update_mode();
+        // Traps wait across an entry only behind MOV SS.
+        if self.state.events.shadow & SHADOW_MOV_SS == 0 {
+            self.debug_hits = 0;
+        }
         self.check_events = true;
         self.new_epoch();
     }
@@ -233,7 +238,8 @@ impl Cpu {
         self.recheck_events();
     }
     /// For a REP instruction that is not finished: RIP goes back to it, and the block ends, so that
-    /// requests and events are seen between iterations.
+    /// requests and events are seen between iterations. They are saved with RF set (SDM Vol. 3,
+    /// 18.3.1.1).
     pub(crate) fn repeat(&mut self, insn: &crate::decode::Insn) {
         let rip = self.state.rip().wrapping_sub(insn.len.into());
         self.state.set_rip(if self.mode.code64() {
@@ -241,6 +247,7 @@ impl Cpu {
         } else {
             rip & 0xffff_ffff
         });
+        self.state.rflags |= rflags::RF;
         self.leave = true;
     }
 

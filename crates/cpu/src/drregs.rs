@@ -2,22 +2,12 @@
 //! [`crate::debug`].
 
 use crate::cpu::Cpu;
+use crate::debug::{DR6_BD, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_GD, DR7_WRITABLE};
 use crate::decode::Insn;
 use crate::events::vector;
-use crate::exit::{Fault, Stop};
+use crate::exit::{Exit, Fault, Stop};
 use crate::state::cr4;
 use iced_x86::Register;
-
-/// DR7.GD: the next access to a debug register is a #DB.
-const DR7_GD: u64 = 1 << 13;
-/// DR6.BD: that #DB's cause.
-const DR6_BD: u64 = 1 << 13;
-/// DR6 bits that are always 1 and those that may be changed.
-const DR6_FIXED: u64 = 0xffff_0ff0;
-const DR6_WRITABLE: u64 = 0xe00f;
-/// DR7 bits that are always 1 and those that may be changed.
-const DR7_FIXED: u64 = 0x400;
-const DR7_WRITABLE: u64 = 0xffff_23ff;
 
 /// The register a MOV DR means (4 and 5 are 6 and 7 without CR4.DE), after the checks common to
 /// reads and writes.
@@ -27,7 +17,16 @@ fn debug_register(cpu: &mut Cpu, r: Register) -> Result<u8, Stop> {
         return Err(cpu.ud());
     }
     cpu.require_cpl0()?;
-    if cpu.state.dr7 & DR7_GD != 0 {
+    let (_, dr7) = cpu.breakpoints();
+    if dr7 & DR7_GD != 0 {
+        // A debugger's DR7 counts instead of the guest's, and the debugger is told.
+        if cpu.guest_debug.hardware_breakpoints {
+            return Err(cpu.exit_with(Exit::Debug {
+                vector: vector::DB,
+                dr6: DR6_BD | DR6_FIXED,
+                dr7,
+            }));
+        }
         return Err(cpu.raise(Fault {
             vector: vector::DB,
             error_code: None,

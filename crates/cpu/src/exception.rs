@@ -2,6 +2,7 @@
 //! ch. 6). What happens at the gate is in [`crate::interrupt`].
 
 use crate::cpu::Cpu;
+use crate::debug::{DEBUGCTL_BTF, DEBUGCTL_LBR, DR6_BD, DR6_BREAKPOINTS, DR6_FIXED, DR7_GD};
 use crate::decode::Insn;
 use crate::events::vector;
 use crate::exit::Stop;
@@ -104,13 +105,15 @@ impl Event {
         }
     }
     /// Fault-class exceptions are saved with RF set, so that an instruction breakpoint does not
-    /// fire again when the instruction is restarted (SDM Vol. 3, 18.3.1.1).
+    /// fire again when the instruction is restarted; a #DB for an instruction breakpoint is not, one
+    /// for an access to a debug register is (SDM Vol. 3, 18.3.1.1).
     pub(crate) fn saves_rf(&self) -> bool {
         self.kind == EventKind::Exception
-            && !matches!(
-                self.vector,
-                vector::DB | vector::BP | vector::OF | vector::DF | vector::MC
-            )
+            && match self.vector {
+                vector::DB => self.payload.is_some_and(|bits| bits & DR6_BD != 0),
+                vector::BP | vector::OF | vector::DF | vector::MC => false,
+                _ => true,
+            }
     }
 }
 
@@ -135,15 +138,6 @@ fn combine(first: &Event, second: Event) -> Option<Event> {
     }
 }
 
-/// DR6 bits that read as 1 when inactive: bus lock and RTM (SDM Vol. 3, 18.2.3).
-const DR6_ACTIVE_LOW: u64 = 0xffff_0ff0;
-/// DR6.B0-B3.
-const DR6_BREAKPOINTS: u64 = 15;
-/// DR7.GD.
-const DR7_GD: u64 = 1 << 13;
-/// IA32_DEBUGCTL.LBR and BTF.
-const DEBUGCTL_LBR_BTF: u64 = 3;
-
 impl Cpu {
     /// Delivers an event: after `Ok` the handler's first instruction is next, or
     /// `events.triple_fault` is set. RIP must point where the handler is to return: at the
@@ -157,8 +151,13 @@ impl Cpu {
             if let Some(payload) = event.payload {
                 self.apply_payload(event.vector, payload);
             }
+            if event.vector == vector::DB && event.kind == EventKind::Exception {
+                self.enter_debug_handler();
+            }
+            let from = self.state.rip();
             match self.deliver_once(&event) {
                 Ok(()) => {
+                    self.record_event(from);
                     if event.kind == EventKind::Nmi {
                         self.state.events.nmi_masked = true;
                     }
@@ -244,14 +243,20 @@ impl Cpu {
             vector::DB => {
                 // B0-B3 are rewritten, other bits only accumulate. The active-low bits are given
                 // active high in the payload; bit 12 exists only there.
-                s.dr6 = s.dr6 & !DR6_BREAKPOINTS | DR6_ACTIVE_LOW | payload;
-                s.dr6 ^= payload & DR6_ACTIVE_LOW;
+                s.dr6 = s.dr6 & !DR6_BREAKPOINTS | DR6_FIXED | payload;
+                s.dr6 ^= payload & DR6_FIXED;
                 s.dr6 &= !(1 << 12);
-                s.dr7 &= !DR7_GD;
-                s.msr.debugctl &= !DEBUGCTL_LBR_BTF;
             }
             _ => {}
         }
+    }
+
+    /// What every debug exception does on its way to the handler: DR7.GD, so that the handler reaches
+    /// the debug registers, and IA32_DEBUGCTL's LBR and BTF are cleared (SDM Vol. 3, 18.2.4, 18.4.3
+    /// and 18.4.4).
+    fn enter_debug_handler(&mut self) {
+        self.state.dr7 &= !DR7_GD;
+        self.state.msr.debugctl &= !(DEBUGCTL_LBR | DEBUGCTL_BTF);
     }
 
     /// The RFLAGS image that an event saves.
@@ -279,14 +284,18 @@ pub(crate) fn int3(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
     cpu.deliver_once(&Event::exception(vector::BP, None, None))
 }
 
-/// INT1 (ICEBP): #DB without a DR6 bit, no DPL check.
+/// INT1 (ICEBP): #DB without a DR6 bit, no DPL check. Traps that wait behind a MOV SS are lost, as on
+/// processors.
 pub(crate) fn int1(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
     cpu.deliver_once(&Event {
         kind: EventKind::PrivilegedSoftwareException,
         vector: vector::DB,
         error_code: None,
         payload: None,
-    })
+    })?;
+    cpu.enter_debug_handler();
+    cpu.debug_hits = 0;
+    Ok(())
 }
 
 /// INTO.

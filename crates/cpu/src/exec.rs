@@ -1,18 +1,15 @@
 //! The run loop: requests, events, blocks.
 
-use iced_x86::FlowControl;
-
 use crate::cpu::{Counters, Cpu};
-use crate::debug::{self, DR6_BS, Watch};
 use crate::decode::Insn;
-use crate::events::{SHADOW_MOV_SS, vector};
+use crate::events::vector;
 use crate::exit::{Exit, Fault, InternalError, Stop};
 use crate::memory::fault;
 use crate::requests;
-use crate::state::{rflags, seg};
+use crate::state::rflags;
 
 /// How a step of the run loop ends: with an exit for the caller, or not.
-type Step = Result<(), Exit>;
+pub(crate) type Step = Result<(), Exit>;
 
 impl Cpu {
     /// Runs until there is something for the caller to do, or about `budget` instructions are done.
@@ -42,6 +39,7 @@ impl Cpu {
         let start = spent(&self.counters);
         while spent(&self.counters).wrapping_sub(start) < budget {
             if self.check_events {
+                self.raise_noted_traps()?;
                 self.exit_behind_instruction()?;
             }
             if self.requests.pending() != 0 {
@@ -204,135 +202,6 @@ impl Cpu {
         Exit::InternalError(InternalError::DeliveryEvent { vector })
     }
 
-    /// Whether the next instruction must be executed alone, with all the checks of [`Cpu::step`].
-    fn must_step(&self) -> bool {
-        self.state.rflags & (rflags::TF | rflags::RF) != 0
-            || self.state.events.shadow != 0
-            || self.breakpoints_armed()
-            || self.guest_debug.single_step
-            || self.trace.as_ref().is_some_and(|t| t.wants_instructions())
-    }
-
-    /// Executes one instruction with instruction breakpoints, single-step, shadow and trace.
-    fn step(&mut self) -> Step {
-        let rip = self.state.rip();
-        if self.state.rflags & rflags::RF == 0 && self.breakpoints_armed() {
-            let linear = self.state.seg[usize::from(seg::CS)].base.wrapping_add(rip);
-            let (db, dr7) = self.breakpoints();
-            let bits = debug::hits(db, dr7, Watch::Execute, linear, 1);
-            if bits != 0 && self.state.events.shadow & SHADOW_MOV_SS == 0 {
-                return self.debug_exception(bits, false);
-            }
-        }
-        // The block's first instruction, if there is one, saves decoding again.
-        if let Ok(Some(id)) = self.block_at(rip)
-            && let Some(block) = self.blocks.get(id)
-        {
-            let insns = std::mem::take(&mut block.insns);
-            let result = insns
-                .first()
-                .map_or(Ok(()), |insn| self.step_instruction(insn, rip));
-            if let Some(block) = self.blocks.get(id) {
-                block.insns = insns;
-            }
-            return result;
-        }
-        match self.fetch() {
-            Ok(insn) => self.step_instruction(&insn, rip),
-            Err(stop) => self.instruction_stopped(stop, None, rip),
-        }
-    }
-
-    fn step_instruction(&mut self, insn: &Insn, rip: u64) -> Step {
-        if let Some(mut trace) = self.trace.take_if(|t| t.wants_instructions()) {
-            let keep = trace.instruction(self, insn);
-            self.trace = keep.then_some(trace);
-        }
-        self.execute_one(insn, rip)
-    }
-
-    /// Executes an instruction by itself, with what follows it: RF, shadow, single-step trap.
-    fn execute_one(&mut self, insn: &Insn, rip: u64) -> Step {
-        let trap = self.state.rflags & rflags::TF != 0;
-        let resume = self.state.rflags & rflags::RF != 0;
-        let debugger_step = self.guest_debug.single_step;
-        self.prior_shadow = std::mem::take(&mut self.state.events.shadow);
-        self.stepping = trap || debugger_step || self.breakpoints_armed();
-        self.state.set_rip(rip.wrapping_add(insn.len.into()));
-        let done = (insn.handler)(self, insn);
-        let prior = std::mem::take(&mut self.prior_shadow);
-        self.stepping = false;
-        if prior != 0 {
-            self.check_events = true;
-        }
-        if let Err(stop) = done {
-            if stop == Stop::Exit {
-                self.state.events.shadow = prior;
-            }
-            return self.instruction_stopped(stop, Some(insn), rip);
-        }
-        self.end_replay();
-        self.last_len = insn.len;
-        self.counters.instructions += 1;
-        if resume && self.state.rip() != rip {
-            self.state.rflags &= !rflags::RF;
-        }
-        let writes = self.io.has_writes();
-        if writes {
-            self.note_writes_retired();
-        }
-        let mut bits = std::mem::take(&mut self.debug_hits);
-        // INT n and the like clear TF on their way into the handler, which is not trapped.
-        if trap && insn.raw.flow_control() != FlowControl::Interrupt {
-            bits |= DR6_BS;
-        }
-        if self.state.events.shadow & SHADOW_MOV_SS != 0 && !debugger_step {
-            // Traps wait for the instruction behind MOV SS (SDM Vol. 3, 6.8.3); a single step is
-            // that instruction's own.
-            self.debug_hits = bits & !DR6_BS;
-            bits = 0;
-        }
-        if debugger_step {
-            let dr6 = bits | DR6_BS | 0xffff_0ff0;
-            if writes {
-                // The store's exit comes first; the step is reported on re-entry by its own step.
-                return self.after_writes();
-            }
-            return Err(Exit::Debug {
-                vector: vector::DB,
-                dr6,
-                dr7: self.breakpoints().1,
-            });
-        }
-        if bits != 0 {
-            self.debug_exception(bits, true)?;
-        }
-        if writes { self.after_writes() } else { Ok(()) }
-    }
-
-    fn after_writes(&mut self) -> Step {
-        self.next_write().map_or(Ok(()), Err)
-    }
-
-    /// A #DB with these DR6 bits: to the debugger if it armed the breakpoints, else to the guest.
-    fn debug_exception(&mut self, bits: u64, trap: bool) -> Step {
-        if self.guest_debug.hardware_breakpoints && bits & 15 != 0 {
-            let dr7 = self.guest_debug.dr7;
-            return Err(Exit::Debug {
-                vector: vector::DB,
-                dr6: bits | 0xffff_0ff0,
-                dr7,
-            });
-        }
-        self.queue_fault(Fault {
-            vector: vector::DB,
-            error_code: None,
-            payload: bits,
-            trap,
-        });
-        Ok(())
-    }
-
     /// Makes a fault the pending exception.
     pub(crate) fn queue_fault(&mut self, f: Fault) {
         let e = &mut self.state.events.exception;
@@ -426,7 +295,12 @@ impl Cpu {
     }
 
     /// An instruction at `rip` did not complete.
-    fn instruction_stopped(&mut self, stop: Stop, insn: Option<&Insn>, rip: u64) -> Step {
+    pub(crate) fn instruction_stopped(
+        &mut self,
+        stop: Stop,
+        insn: Option<&Insn>,
+        rip: u64,
+    ) -> Step {
         match stop {
             Stop::Fault => {
                 let f = self.fault;

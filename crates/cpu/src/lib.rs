@@ -40,13 +40,14 @@ mod segment;
 mod smm;
 mod stack;
 pub mod state;
+pub(crate) mod step;
 mod syscall;
 mod tables;
 mod task;
 pub mod trace;
 pub mod width;
 
-pub use cpu::{Cpu, host_tsc};
+pub use cpu::{Cpu, GuestDebug, host_tsc};
 pub use decode::Insn;
 pub use exit::{Exit, Fault, Stop};
 pub use machine::Machine;

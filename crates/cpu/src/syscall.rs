@@ -1,6 +1,7 @@
 //! SYSCALL, SYSRET, SYSENTER and SYSEXIT (SDM Vol. 2; APM Vol. 3 where the vendors differ).
 
 use crate::cpu::Cpu;
+use crate::debug::DR6_BS;
 use crate::decode::Insn;
 use crate::events::vector;
 use crate::exit::Stop;
@@ -89,6 +90,10 @@ pub(crate) fn sysret<const WIDE: bool>(cpu: &mut Cpu, _insn: &Insn) -> Result<()
     cpu.state
         .set_rip(if WIDE { rcx } else { rcx & 0xffff_ffff });
     cpu.set_flat_segments(cs, ss, if WIDE { Segment::L } else { Segment::DB }, 3);
+    // Unlike POPF and IRET, SYSRET is itself trapped by the TF it loads.
+    if cpu.state.rflags & rflags::TF != 0 {
+        cpu.debug_hits |= DR6_BS;
+    }
     cpu.recheck_events();
     Ok(())
 }

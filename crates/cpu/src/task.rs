@@ -2,9 +2,10 @@
 //! (SDM Vol. 3, ch. 8).
 
 use crate::cpu::Cpu;
+use crate::debug::DR6_BT;
 use crate::descriptor::{Descriptor, is_null, selector_error, system_type};
 use crate::events::vector;
-use crate::exit::{Fault, Stop};
+use crate::exit::Stop;
 use crate::segment::{null_segment, v86_segment};
 use crate::state::{Segment, cr0, cr4, rflags, seg};
 
@@ -21,8 +22,6 @@ pub(crate) enum TaskSwitch {
     Return,
 }
 
-/// DR6.BT: the new task's T flag.
-const DR6_BT: u64 = 1 << 15;
 /// Lowest limit of a 32-bit TSS.
 const MIN_LIMIT32: u32 = 103;
 /// Lowest limit of a 16-bit TSS.
@@ -108,9 +107,11 @@ impl Cpu {
         self.state.tr = tss.segment();
         self.state.cr0 |= cr0::TS;
         self.state.dr7 &= !DR7_LOCAL;
-        let loaded = self
-            .load_task(&new, wide)
-            .and_then(|()| self.task_trap(&new, why));
+        let loaded = self.load_task(&new, wide);
+        if loaded.is_ok() && new.trap {
+            // #DB before the new task's first instruction (SDM Vol. 3, 18.3.1.5).
+            self.debug_hits |= DR6_BT;
+        }
         if loaded == Err(Stop::Fault) {
             // The switch stays; the fault is taken in the new task, at its first instruction.
             self.fault.trap = true;
@@ -238,20 +239,6 @@ impl Cpu {
         }
         self.recheck_events();
         Ok(())
-    }
-
-    /// The new task's T flag: #DB before its first instruction (SDM Vol. 3, 18.3.1.5).
-    fn task_trap(&mut self, new: &Fields, why: TaskSwitch) -> Result<(), Stop> {
-        // During a delivery another exception would count as one met on the way.
-        if !new.trap || why == TaskSwitch::Interrupt {
-            return Ok(());
-        }
-        Err(self.raise(Fault {
-            vector: vector::DB,
-            error_code: None,
-            payload: DR6_BT,
-            trap: true,
-        }))
     }
 
     fn load_task_cr3(&mut self, cr3: u64) -> Result<(), Stop> {

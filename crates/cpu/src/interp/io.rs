@@ -186,8 +186,7 @@ fn input_string<T: Ram>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     } else {
         PAGE - rdi % PAGE
     };
-    let single = cpu.stepping && cpu.state.rflags & rflags::TF != 0;
-    let count = if single {
+    let count = if cpu.stepping {
         1
     } else {
         left.min(room / size)
