@@ -266,15 +266,15 @@ impl Cpu {
             implicit: true,
             ..Access::default()
         };
-        self.write_pieces(smbase + OFFSET, &area.0, access)
+        self.write_pieces(smbase.wrapping_add(OFFSET), &area.0, access)
     }
 
     fn read_save_area(&self) -> Option<Area> {
-        let gpa = self.state.msr.smbase + OFFSET;
+        let gpa = self.state.msr.smbase.wrapping_add(OFFSET);
         let mut area = Area([0; SIZE]);
         let mut done = 0;
         while done < SIZE {
-            let at = gpa + done as u64;
+            let at = gpa.wrapping_add(done as u64);
             let slot = self.map.find(at)?;
             let host = slot.host() + (at - slot.gpa);
             let page = HostPage(host & !(PAGE - 1));
