@@ -5,7 +5,7 @@ use crate::cpu::Cpu;
 use crate::debug::{DEBUGCTL_BTF, DEBUGCTL_LBR, DR6_BD, DR6_BREAKPOINTS, DR6_FIXED, DR7_GD};
 use crate::decode::Insn;
 use crate::events::vector;
-use crate::exit::Stop;
+use crate::exit::{Fault, Stop};
 use crate::state::rflags;
 
 /// Where an event comes from: it decides privilege checks, the EXT bit of error codes and the
@@ -138,6 +138,10 @@ fn combine(first: &Event, second: Event) -> Option<Event> {
     }
 }
 
+/// More exceptions than can follow each other in one delivery if none comes twice: benign,
+/// contributory or page fault, double fault.
+const DELIVERY_TURNS: u32 = 8;
+
 impl Cpu {
     /// Delivers an event: after `Ok` the handler's first instruction is next, or
     /// `events.triple_fault` is set. RIP must point where the handler is to return: at the
@@ -145,9 +149,13 @@ impl Cpu {
     ///
     /// `Err` means that delivery met something other than a fault (memory that is no RAM); the
     /// state is then as before.
+    ///
+    /// A guest can make an exception that is raised again by its own delivery: #AC with a misaligned
+    /// stack in a handler of CPL 3. A processor then does nothing else for ever; here the exception
+    /// becomes pending after some turns, so that requests are seen.
     pub fn deliver(&mut self, event: Event) -> Result<(), Stop> {
         let mut event = event;
-        loop {
+        for _ in 0..DELIVERY_TURNS {
             if let Some(payload) = event.payload {
                 self.apply_payload(event.vector, payload);
             }
@@ -184,6 +192,13 @@ impl Cpu {
                 Err(stop) => return Err(stop),
             }
         }
+        self.queue_fault(Fault {
+            vector: event.vector,
+            error_code: event.error_code,
+            payload: event.payload.unwrap_or(0),
+            trap: false,
+        });
+        Ok(())
     }
 
     /// Takes one event through the IDT. Faults are left in `Cpu::fault` with EXT set as the event

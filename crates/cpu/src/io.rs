@@ -43,6 +43,8 @@ pub struct Io {
     /// The instruction to run again, and RIP when the exit was seen.
     replay: Option<(Insn, u64)>,
     answer: Option<Answer>,
+    /// The last exit asked for device memory, not for a port, an MSR or a hypercall.
+    asked_memory: bool,
     wanted: Option<Fragment>,
     reads: Vec<Fragment>,
     cursor: usize,
@@ -56,6 +58,7 @@ impl Default for Io {
             data: Box::new([0; DATA_BYTES]),
             replay: None,
             answer: None,
+            asked_memory: false,
             wanted: None,
             reads: Vec::with_capacity(8),
             cursor: 0,
@@ -120,7 +123,7 @@ impl Cpu {
         self.io.cursor = 0;
         if rip == self.state.rip() {
             // Port I/O needs no word from the caller to be complete: its data is in place.
-            if self.io.answer.is_none() && self.io.wanted.is_none() && self.io.reads.is_empty() {
+            if self.io.answer.is_none() && !self.io.asked_memory {
                 self.io.answer = Some(Answer::Done);
             }
             return Some(insn);
@@ -159,6 +162,7 @@ impl Cpu {
                     len,
                     data: [0; 8],
                 });
+                self.io.asked_memory = true;
                 self.exit = Some(Exit::MmioRead { gpa: at, len });
                 return Err(Stop::Exit);
             }
@@ -248,6 +252,7 @@ impl Cpu {
         port: u16,
         count: u32,
     ) -> Stop {
+        self.io.asked_memory = false;
         self.exit = Some(Exit::Io {
             direction,
             size: size as u8,
@@ -258,6 +263,7 @@ impl Cpu {
     }
     /// Leaves with an exit that is completed by running the instruction again.
     pub(crate) fn exit_with(&mut self, exit: Exit) -> Stop {
+        self.io.asked_memory = false;
         self.exit = Some(exit);
         Stop::Exit
     }

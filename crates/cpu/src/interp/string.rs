@@ -125,7 +125,7 @@ fn window<T: Alu>(
     let down = down(cpu);
     // To the end of the page, and not past the end of the address size.
     let (page, wrap) = if down {
-        (in_page / size + 1, offset / size + 1)
+        (in_page / size + 1, (offset / size).saturating_add(1))
     } else {
         ((PAGE - in_page) / size, ((mask - offset) / size).max(1))
     };
