@@ -1,4 +1,4 @@
-//! The project's chores: `cargo xtask demo | test | bench`.
+//! The project's chores: `cargo xtask demo | test | bench | fuzz`.
 
 #![forbid(unsafe_code)]
 
@@ -6,6 +6,7 @@ mod bench;
 mod build;
 mod demo;
 mod e2e;
+mod fuzz;
 mod guest;
 mod process;
 
@@ -33,6 +34,9 @@ enum Task {
     /// Measure
     #[command(subcommand)]
     Bench(bench::BenchTask),
+    /// Look for guests that the processor cannot stand
+    #[command(subcommand)]
+    Fuzz(fuzz::FuzzTask),
     /// Prepare the test guest and print where it is
     Guest,
 }
@@ -53,6 +57,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => e2e::run(&args),
         Task::Bench(task) => bench::run(&task),
+        Task::Fuzz(task) => fuzz::run(&task),
         Task::Guest => {
             let guest = guest::Guest::prepare()?;
             println!("kernel     {}", guest.kernel.display());
