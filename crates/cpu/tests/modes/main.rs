@@ -4,7 +4,9 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod call_gates;
 mod events;
+mod gates;
 mod limits;
 mod loads;
 mod machine;
