@@ -78,12 +78,23 @@ fn privileges() {
                 let flags = if at == Long(0) { 0xa } else { 0xc };
                 c.define(TARGET, descriptor(0, 0xf_ffff, code, flags));
                 let got = end(&mut c);
-                assert_eq!(got, want, "{at:?} CPL {cpl} RPL {rpl} gate {access:x} code {code:x} call {is_call}");
+                assert_eq!(
+                    got, want,
+                    "{at:?} CPL {cpl} RPL {rpl} gate {access:x} code {code:x} call {is_call}"
+                );
                 if want == Done {
                     let conforming = code & 4 != 0;
                     let level = if conforming { cpl } else { code >> 5 & 3 };
-                    let cs = if at == Long(0) { c.stack64(1) } else { c.stack32(1).into() };
-                    assert_eq!(cs, u64::from(TARGET) | u64::from(level), "CPL {cpl} code {code:x}");
+                    let cs = if at == Long(0) {
+                        c.stack64(1)
+                    } else {
+                        c.stack32(1).into()
+                    };
+                    assert_eq!(
+                        cs,
+                        u64::from(TARGET) | u64::from(level),
+                        "CPL {cpl} code {code:x}"
+                    );
                 }
             }
         }
@@ -119,13 +130,20 @@ fn long_mode_gates() {
                 c.define(FREE, low);
                 c.define(FREE + 8, high);
                 c.define(TARGET, descriptor(0, 0xf_ffff, 0x9b, flags));
-                assert_eq!(end(&mut c), want, "{at:?} {low:x} {high:x} {flags:x} {call}");
+                assert_eq!(
+                    end(&mut c),
+                    want,
+                    "{at:?} {low:x} {high:x} {flags:x} {call}"
+                );
             }
         }
         // The table ends in the middle of the gate.
         let mut c = through(at, 0, 0, true);
         c.define(FREE, low);
-        c.cpu.state.gdtr = Table { limit: FREE + 7, ..c.cpu.state.gdtr };
+        c.cpu.state.gdtr = Table {
+            limit: FREE + 7,
+            ..c.cpu.state.gdtr
+        };
         assert_eq!(end(&mut c), Fault(GP, ERROR));
     }
 }
@@ -135,7 +153,13 @@ fn long_mode_gates() {
 #[test]
 fn parameters() {
     // Gate's type byte, size of a word, parameters.
-    for (access, size, count) in [(0xe4u8, 2u64, 0u8), (0xe4, 2, 3), (0xe4, 2, 31), (0xec, 4, 0), (0xec, 4, 31)] {
+    for (access, size, count) in [
+        (0xe4u8, 2u64, 0u8),
+        (0xe4, 2, 3),
+        (0xe4, 2, 31),
+        (0xec, 4, 0),
+        (0xec, 4, 31),
+    ] {
         let words = 4 + u64::from(count);
         for room in [words * size, words * size - 1] {
             let mut c = through(Prot32(0), 3, 3, true);
@@ -162,13 +186,21 @@ fn parameters() {
             assert_eq!(esp, u64::from(top) - words * size, "{what}");
             let mask = if size == 2 { 0xffff } else { 0xffff_ffff };
             let word = |n: u64| c.get64(esp + n * size) & mask;
-            assert_eq!([word(0), word(1)], [CODE + 2, u64::from(CODE0) | 3], "{what}");
+            assert_eq!(
+                [word(0), word(1)],
+                [CODE + 2, u64::from(CODE0) | 3],
+                "{what}"
+            );
             for i in 0..u64::from(count) {
                 let value = 0x1_0001 * (0x40 + i);
                 assert_eq!(word(2 + i), value & mask, "{what} {i}");
             }
             let n = 2 + u64::from(count);
-            assert_eq!([word(n), word(n + 1)], [sp & mask, u64::from(DATA0) | 3], "{what}");
+            assert_eq!(
+                [word(n), word(n + 1)],
+                [sp & mask, u64::from(DATA0) | 3],
+                "{what}"
+            );
         }
     }
 }

@@ -5,12 +5,17 @@
 mod harness;
 
 mod call_gates;
+mod delivery;
 mod events;
 mod gates;
+mod iret;
 mod limits;
 mod loads;
 mod machine;
 mod opcodes;
 mod prefixes;
 mod privilege;
+mod task_faults;
+mod tasks;
 mod transfers;
+mod v86;
