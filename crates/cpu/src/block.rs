@@ -11,6 +11,8 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::decode::Insn;
+use crate::memory::PAGE;
+use crate::memory::access::HostPage;
 use crate::mode::Mode;
 
 /// Most instructions in a block.
@@ -189,6 +191,13 @@ impl BlockCache {
     #[inline(always)]
     pub fn get(&mut self, id: BlockId) -> Option<&mut Block> {
         self.blocks.get_mut(id.0 as usize)
+    }
+    /// Whether the bytes a block was made from are still in memory, where the processor still holds
+    /// the map that the block was found by.
+    pub fn matches_memory(&self, id: BlockId) -> bool {
+        self.blocks.get(id.0 as usize).is_some_and(|b| {
+            HostPage(b.host & !(PAGE - 1)).matches((b.host % PAGE) as usize, &b.bytes)
+        })
     }
     /// Adds a block, or replaces the one with the same key.
     pub fn insert(&mut self, block: Block, mode: Mode) -> BlockId {

@@ -288,12 +288,6 @@ impl Cpu {
         done
     }
 
-    /// Whether what was found at a RIP stays good until a flush, an epoch or a store into code: the
-    /// segment limit, which no key holds, is not checked, and paging is on.
-    pub(crate) fn cacheable_by_rip(&self) -> bool {
-        (self.mode.code64() || self.mode.flat()) && self.state.cr0 & crate::state::cr0::PG != 0
-    }
-
     /// An instruction at `rip` did not complete.
     pub(crate) fn instruction_stopped(
         &mut self,

@@ -9,7 +9,7 @@ use crate::memory::PAGE;
 use crate::memory::access::HostPage;
 use crate::mmu::slow::Fetched;
 use crate::requests;
-use crate::state::seg;
+use crate::state::{cr0, seg};
 
 impl Cpu {
     /// The block at RIP, checked; `None` if the instruction there must be executed alone (it
@@ -17,7 +17,9 @@ impl Cpu {
     #[inline]
     pub(crate) fn block_at(&mut self, rip: u64) -> Result<Option<BlockId>, Stop> {
         let code = self.memory.pages().code_epoch();
-        if let Some(id) = self.blocks.jump(rip, code) {
+        if let Some(id) = self.blocks.jump(rip, code)
+            && (self.paging() || self.blocks.matches_memory(id))
+        {
             return Ok(Some(id));
         }
         if self.blocks.has_crossing(rip, code) {
@@ -50,10 +52,27 @@ impl Cpu {
         if !self.mode.flat() && !self.within_code_limit(rip, len) {
             return Ok(None);
         }
-        if self.cacheable_by_rip() {
+        if self.limit_implied() {
             self.blocks.remember(rip, code, id);
         }
         Ok(Some(id))
+    }
+
+    /// CR0.PG.
+    #[inline(always)]
+    fn paging(&self) -> bool {
+        self.state.cr0 & cr0::PG != 0
+    }
+
+    /// Whether no instruction can lie beyond the code segment's limit, which no key holds.
+    fn limit_implied(&self) -> bool {
+        self.mode.code64() || self.mode.flat()
+    }
+
+    /// Whether an instruction found at a RIP stays good until a flush, an epoch or a store into
+    /// code: the limit need not be checked, and paging is on.
+    pub(crate) fn cacheable_by_rip(&self) -> bool {
+        self.limit_implied() && self.paging()
     }
 
     pub(crate) fn within_code_limit(&self, rip: u64, len: usize) -> bool {

@@ -73,6 +73,22 @@ fn code_written_behind_our_back_runs_after_an_epoch() {
     );
 }
 
+/// Without paging there is no TLB flush or CR3 load to notice it at, so every entry must.
+#[test]
+fn code_written_behind_our_back_runs_at_once_without_paging() {
+    let mut c = Computer::protected(2 << 20, 0x5000);
+    c.cpu.state.regs[reg::RDX] = 0x80;
+    // mov al, N; jmp 0x5010; out dx, al
+    c.put(0x5000, &[0xb0, 0, 0xeb, 0x0c]);
+    c.put(0x5010, &[OUT]);
+    for n in [1, 1, 2, 2, 3] {
+        c.put(0x5001, &[n]);
+        c.cpu.state.set_rip(0x5000);
+        assert_eq!(c.run(), out_exit(0x80));
+        assert_eq!(c.reg(reg::RAX), n.into());
+    }
+}
+
 const P: u64 = 1;
 const W: u64 = 2;
 const U: u64 = 4;

@@ -183,20 +183,23 @@ impl HostPage {
         if offset + bytes.len() > 4096 {
             return false;
         }
-        let mut at = self.0 + offset as u64;
+        let start = self.0 + offset as u64;
+        // SAFETY: the callers' offsets lie in the bytes, and these in a page of a map the processor
+        // holds.
+        let same = |at: usize, word: &[u8; 8]| unsafe {
+            u64::load(start + at as u64) == u64::from_le_bytes(*word)
+        };
         let (words, rest) = bytes.as_chunks::<8>();
-        for w in words {
-            // SAFETY: inside a page of a map the processor holds.
-            if unsafe { u64::load(at) } != u64::from_le_bytes(*w) {
-                return false;
-            }
-            at += 8;
+        if !words.iter().enumerate().all(|(n, word)| same(n * 8, word)) {
+            return false;
         }
-        rest.iter().all(|b| {
-            // SAFETY: as above.
-            let same = unsafe { u8::load(at) } == *b;
-            at += 1;
-            same
-        })
+        // The rest by a word that overlaps the one before it, if there is one.
+        match bytes.last_chunk::<8>() {
+            Some(word) => same(bytes.len() - 8, word),
+            None => rest.iter().enumerate().all(|(n, byte)| {
+                // SAFETY: as above.
+                unsafe { u8::load(start + n as u64) == *byte }
+            }),
+        }
     }
 }

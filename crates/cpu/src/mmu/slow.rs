@@ -283,9 +283,7 @@ impl Cpu {
         match self.map.find(page.gpa) {
             Some(slot) => {
                 let host = slot.host() + (page.gpa - slot.gpa);
-                if self.state.cr0 & cr0::PG != 0 {
-                    self.tlb.fill_exec(user, linear, host);
-                }
+                self.tlb.fill_exec(user, linear, host);
                 Ok(Fetched::Ram(HostPage(host)))
             }
             None => Ok(Fetched::Mmio),
