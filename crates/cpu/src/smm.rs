@@ -294,7 +294,8 @@ impl Cpu {
             || paging && c.cr0 & cr0::PE == 0
             || c.cr0 & (cr0::CD | cr0::NW) == cr0::NW
             || c.cr4 & reserved != 0
-            || long && c.cr4 & cr4::PAE == 0
+            || long && (c.cr4 & cr4::PAE == 0 || c.cr3 >> self.phys_bits != 0)
+            || !long && c.cr4 & cr4::PCIDE != 0
             || c.efer & !efer::IMPLEMENTED != 0;
         if bad {
             return false;

@@ -33,12 +33,15 @@ impl Cpu {
     }
 }
 
+/// Whether there are SYSCALL and SYSRET here: Intel has them in 64-bit mode only, AMD in every mode.
+fn has_syscall(cpu: &Cpu) -> bool {
+    cpu.state.msr.efer & efer::SCE != 0 && (cpu.state.code64() || cpu.cpuid.is_amd())
+}
+
 /// SYSCALL.
 pub(crate) fn syscall(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
     let msr = cpu.state.msr;
-    // Intel has it in 64-bit mode only; AMD in legacy and compatibility mode too.
-    let supported = cpu.state.code64() || cpu.cpuid.is_amd() && cpu.state.protected();
-    if msr.efer & efer::SCE == 0 || !supported {
+    if !has_syscall(cpu) {
         return Err(cpu.ud());
     }
     let cs = (msr.star >> 32) as u16 & 0xfffc;
@@ -67,9 +70,11 @@ pub(crate) fn syscall(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
 /// SYSRET: to 64-bit code with a 64-bit operand size, else to 32-bit code.
 pub(crate) fn sysret<const WIDE: bool>(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
     let msr = cpu.state.msr;
-    let supported = cpu.state.code64() || cpu.cpuid.is_amd() && cpu.state.protected();
-    if msr.efer & efer::SCE == 0 || !supported {
+    if !has_syscall(cpu) {
         return Err(cpu.ud());
+    }
+    if !cpu.state.protected() {
+        return Err(cpu.gp0());
     }
     cpu.require_cpl0()?;
     let rcx = cpu.state.regs[reg::RCX];
@@ -89,7 +94,14 @@ pub(crate) fn sysret<const WIDE: bool>(cpu: &mut Cpu, _insn: &Insn) -> Result<()
     }
     cpu.state
         .set_rip(if WIDE { rcx } else { rcx & 0xffff_ffff });
+    let mut stack = cpu.state.seg[usize::from(seg::SS)];
     cpu.set_flat_segments(cs, ss, if WIDE { Segment::L } else { Segment::DB }, 3);
+    // AMD's leaves the hidden part of SS but for the level.
+    if cpu.cpuid.is_amd() {
+        stack.selector = ss;
+        stack.set_dpl(3);
+        cpu.set_segment(seg::SS, stack);
+    }
     // Unlike POPF and IRET, SYSRET is itself trapped by the TF it loads.
     if cpu.state.rflags & rflags::TF != 0 {
         cpu.debug_hits |= DR6_BS;

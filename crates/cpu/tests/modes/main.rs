@@ -5,8 +5,10 @@
 mod harness;
 
 mod call_gates;
+mod control;
 mod delivery;
 mod events;
+mod fast_calls;
 mod gates;
 mod iret;
 mod limits;
@@ -15,6 +17,7 @@ mod machine;
 mod opcodes;
 mod prefixes;
 mod privilege;
+mod smm;
 mod task_faults;
 mod tasks;
 mod transfers;
