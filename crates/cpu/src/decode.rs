@@ -4,7 +4,7 @@
 //! hot path (register codes, address parts, immediate), plus iced's own instruction for the rare
 //! handlers that want more. The handler is chosen once, here, by [`crate::interp::select`].
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
 
 use crate::cpu::Cpu;
 use crate::exit::Stop;
@@ -164,6 +164,7 @@ pub fn decode(bytes: &[u8], mode: Mode) -> Result<Insn, DecodeError> {
         }
         _ => return Err(DecodeError::Invalid),
     }
+    exchange_behind_rep(bytes, &mut raw);
     build(bytes, raw, mode)
 }
 
@@ -190,6 +191,26 @@ fn goes_on(bytes: &[u8], mode: Mode) -> bool {
     let mut decoder = Decoder::with_ip(mode.bits(), &shorter, 0, DecoderOptions::NONE);
     let _ = decoder.decode();
     decoder.last_error() == DecoderError::NoMoreBytes
+}
+
+/// F3 90 is PAUSE, but with REX.B it is XCHG of R8, as 90 alone is (SDM Vol. 2, NOP and XCHG), which
+/// iced does not tell apart.
+fn exchange_behind_rep(bytes: &[u8], raw: &mut Instruction) {
+    const REX_B: u8 = 0x41;
+    const REX_WB: u8 = 0x49;
+    if raw.code() != Code::Pause || raw.len() < 3 {
+        return;
+    }
+    let prefixes = &bytes[..raw.len() - 1];
+    let (code, r8, rax) = match prefixes[prefixes.len() - 1] & !0b110 {
+        REX_WB => (Code::Xchg_r64_RAX, Register::R8, Register::RAX),
+        REX_B if prefixes.contains(&0x66) => (Code::Xchg_r16_AX, Register::R8W, Register::AX),
+        REX_B => (Code::Xchg_r32_EAX, Register::R8D, Register::EAX),
+        _ => return,
+    };
+    raw.set_code(code);
+    raw.set_op0_register(r8);
+    raw.set_op1_register(rax);
 }
 
 fn build(bytes: &[u8], raw: Instruction, mode: Mode) -> Result<Insn, DecodeError> {
@@ -308,10 +329,21 @@ fn memory_operand(insn: &mut Insn, mode: Mode) {
     // VSIB index registers belong to gathers and scatters, which compute their own addresses.
     insn.index = gpr_code(index).unwrap_or(reg::ZERO);
     insn.scale = raw.memory_index_scale().trailing_zeros() as u8;
-    insn.seg = segment_code(
-        segment_number(raw.memory_segment()).unwrap_or(seg::DS),
-        mode,
-    );
+    insn.seg = segment_code(operand_segment(raw, mode), mode);
+}
+
+/// The number of the segment register a memory operand goes through. 64-bit code ignores the
+/// prefixes of all but FS and GS (SDM Vol. 1, 3.4.2.1), so that they do not choose between #SS and
+/// #GP either.
+pub(crate) fn operand_segment(raw: &Instruction, mode: Mode) -> u8 {
+    let overridden = matches!(raw.segment_prefix(), Register::FS | Register::GS);
+    if mode.code64() && !overridden {
+        return match raw.memory_base() {
+            Register::RSP | Register::ESP | Register::RBP | Register::EBP => seg::SS,
+            _ => seg::DS,
+        };
+    }
+    segment_number(raw.memory_segment()).unwrap_or(seg::DS)
 }
 
 /// An operand of a string instruction: handlers know its index register; `seg` is that of the
@@ -326,8 +358,7 @@ fn string_operand(insn: &mut Insn, kind: OpKind, mode: Mode) {
         kind,
         OpKind::MemorySegSI | OpKind::MemorySegESI | OpKind::MemorySegRSI
     ) {
-        let n = segment_number(insn.raw.memory_segment()).unwrap_or(seg::DS);
-        insn.seg = segment_code(n, mode);
+        insn.seg = segment_code(operand_segment(&insn.raw, mode), mode);
     }
 }
 

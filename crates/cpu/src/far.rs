@@ -208,7 +208,7 @@ impl Cpu {
             self.check_canonical_value(rip)?;
             return Ok(rip);
         }
-        let rip = rip & 0xffff_ffff;
+        // With a 64-bit operand all of it counts.
         if rip > cs.limit().into() {
             return Err(self.gp0());
         }

@@ -177,10 +177,11 @@ pub(crate) fn mov_from_segment(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// PUSH Sreg. With a 32-bit operand size only the low 16 bits are written, as processors do.
+/// PUSH Sreg. With a 32-bit operand size Intel's processors write only the low 16 bits, AMD's all
+/// (SDM Vol. 2, PUSH, allows both).
 pub(crate) fn push_segment<T: Ram>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     let selector = cpu.state.seg[usize::from(number(insn.raw.op0_register()))].selector;
-    if T::BYTES == 4 {
+    if T::BYTES == 4 && !cpu.cpuid.is_amd() {
         let (code, mask) = cpu.stack();
         let sp = cpu.state.regs[crate::state::reg::RSP].wrapping_sub(4) & mask;
         cpu.write_at::<u16>(code, sp, selector)?;
@@ -194,7 +195,12 @@ pub(crate) fn push_segment<T: Ram>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Sto
 pub(crate) fn pop_segment<T: Ram>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     let (code, mask) = cpu.stack();
     let sp = cpu.state.regs[crate::state::reg::RSP];
-    let selector = cpu.read_at::<u16>(code, sp & mask)?;
+    // As with PUSH: half of a 32-bit operand, or all of it.
+    let selector = if cpu.cpuid.is_amd() {
+        cpu.read_at::<T>(code, sp & mask)?.to_u64() as u16
+    } else {
+        cpu.read_at::<u16>(code, sp & mask)?
+    };
     let n = number(insn.raw.op0_register());
     let s = cpu.segment_for(n, selector)?;
     cpu.set_stack_pointer(sp.wrapping_add(T::BYTES as u64), mask);

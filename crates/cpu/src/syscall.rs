@@ -3,7 +3,6 @@
 use crate::cpu::Cpu;
 use crate::debug::DR6_BS;
 use crate::decode::Insn;
-use crate::events::vector;
 use crate::exit::Stop;
 use crate::state::{Segment, efer, reg, rflags, seg};
 
@@ -140,12 +139,15 @@ pub(crate) fn sysenter(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
 
 /// SYSEXIT: to 64-bit code with a 64-bit operand size, else to 32-bit code.
 pub(crate) fn sysexit<const WIDE: bool>(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
+    if !cpu.state.protected() || cpu.state.cpl() != 0 {
+        return Err(cpu.gp0());
+    }
     if cpu.cpuid.is_amd() && cpu.state.long_mode() {
         return Err(cpu.ud());
     }
     let base = cpu.state.msr.sysenter_cs as u16 & 0xfffc;
-    if !cpu.state.protected() || base == 0 || cpu.state.cpl() != 0 {
-        return Err(cpu.raise_error(vector::GP, 0));
+    if base == 0 {
+        return Err(cpu.gp0());
     }
     let (rcx, rdx) = (cpu.state.regs[reg::RCX], cpu.state.regs[reg::RDX]);
     let (cs, mask) = if WIDE {

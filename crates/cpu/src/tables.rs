@@ -288,20 +288,19 @@ pub(crate) fn verw(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
 pub(crate) fn arpl(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     cpu.require_protected()?;
     let rpl = cpu.state.regs[insn.op1] as u16 & 3;
-    let adjust = |old: u16| {
-        if old & 3 < rpl {
-            (old & !3 | rpl, true)
-        } else {
-            (old, false)
-        }
-    };
-    let raised = if insn.raw.op0_kind() == OpKind::Memory {
-        cpu.modify::<u16, bool>(insn, adjust)?
+    let memory = insn.raw.op0_kind() == OpKind::Memory;
+    let old = if memory {
+        cpu.read::<u16>(insn)?
     } else {
-        let (new, raised) = adjust(cpu.state.regs[insn.op0] as u16);
-        new.set(&mut cpu.state.regs, insn.op0);
-        raised
+        cpu.state.regs[insn.op0] as u16
     };
+    let raised = old & 3 < rpl;
+    // A selector that stays is not written.
+    if raised && memory {
+        cpu.write(insn, old & !3 | rpl)?;
+    } else if raised {
+        (old & !3 | rpl).set(&mut cpu.state.regs, insn.op0);
+    }
     set_zf(cpu, raised);
     Ok(())
 }

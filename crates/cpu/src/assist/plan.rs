@@ -362,7 +362,9 @@ fn aligned(raw: &Instruction, class: Class, size: u8) -> bool {
                         | M::Movdqu
                         | M::Lddqu
                         | M::Pcmpestri
+                        | M::Pcmpestri64
                         | M::Pcmpestrm
+                        | M::Pcmpestrm64
                         | M::Pcmpistri
                         | M::Pcmpistrm
                 )

@@ -26,6 +26,7 @@ const ABSENT: &[F] = &[
     F::KL,
     F::LKGS,
     F::MCOMMIT,
+    F::MOVDIR64B,
     F::MSRLIST,
     F::PADLOCK_ACE,
     F::PADLOCK_GMI,

@@ -12,7 +12,6 @@ use crate::decode::{Handler, Insn, SEG_FLAT_SS};
 use crate::events::vector;
 use crate::exit::Stop;
 use crate::mode::Mode;
-use crate::state::seg;
 
 /// The handler, if the instruction is of this family.
 pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
@@ -26,7 +25,6 @@ pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
             8 => movdiri::<u64>,
             _ => movdiri::<u32>,
         },
-        Mnemonic::Movdir64b => movdir64b,
         _ => return None,
     })
 }
@@ -53,22 +51,4 @@ fn flush_line(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
 
 fn movdiri<T: crate::memory::access::Ram>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     cpu.write(insn, T::get(&cpu.state.regs, insn.op1))
-}
-
-// 64 bytes from the memory operand to ES:register, which must be aligned.
-fn movdir64b(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
-    let register = insn.raw.op0_register();
-    let mask = match register.size() {
-        8 => u64::MAX,
-        4 => 0xffff_ffff,
-        _ => 0xffff,
-    };
-    let to = cpu.state.regs[insn.op0] & mask;
-    let code = crate::decode::segment_code(seg::ES, cpu.mode());
-    let base = cpu.state.seg[usize::from(code & 7)].base;
-    if !base.wrapping_add(to).is_multiple_of(64) {
-        return Err(cpu.gp0());
-    }
-    let data = cpu.read_operand(insn, 64)?;
-    cpu.write_bytes(code, to, &data)
 }

@@ -8,7 +8,7 @@ use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
 use crate::events::vector;
 use crate::exit::Stop;
-use crate::state::{XsaveArea, cr0, cr4};
+use crate::state::{XsaveArea, cr0, cr4, rflags};
 
 /// XCR0 bits (SDM Vol. 1, 13.3).
 pub mod xcr0 {
@@ -163,6 +163,22 @@ impl Cpu {
         Ok(buf)
     }
 
+    /// Reads an element as masked moves and gathers do: without an alignment check (SDM Vol. 2,
+    /// VMASKMOV, VPGATHERDD).
+    pub(crate) fn read_element(
+        &mut self,
+        seg: u8,
+        offset: u64,
+        size: usize,
+    ) -> Result<[u8; 64], Stop> {
+        if self.state.rflags & rflags::AC == 0 {
+            return self.read_operand_at(seg, offset, size);
+        }
+        let mut element = [0; 64];
+        self.read_bytes(seg, offset, &mut element[..size.min(64)])?;
+        Ok(element)
+    }
+
     /// Writes a memory operand of 1 to 64 bytes; up to 8 bytes are a single access.
     #[inline(always)]
     pub(crate) fn write_operand(&mut self, insn: &Insn, data: &[u8]) -> Result<(), Stop> {
@@ -255,6 +271,11 @@ pub fn native(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     if stub.memory == MemoryUse::Write && stored {
         let data = cpu.assist.memory;
         cpu.write_operand(insn, data.get(..size).unwrap_or_default())?;
+    } else if stub.memory == MemoryUse::Write {
+        // A store that does not take place faults all the same.
+        let offset = cpu.effective_address(insn);
+        cpu.probe_write(insn.seg, offset, size)?;
+        cpu.check_store_alignment(insn, size)?;
     }
     cpu.add_mxcsr_flags(raised);
     if stub.x87 {

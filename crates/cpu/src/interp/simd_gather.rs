@@ -108,7 +108,7 @@ fn gather<const INDEX: usize, const SIZE: usize>(cpu: &mut Cpu, insn: &Insn) -> 
     let mut left = ops.mask;
     for i in elements(ops.selected) {
         let offset = element_offset::<INDEX>(insn, base, ops.index.as_flattened(), i);
-        match cpu.read_operand_at(insn.seg, offset, SIZE) {
+        match cpu.read_element(insn.seg, offset, SIZE) {
             Ok(element) => bytes[i * SIZE..][..SIZE].copy_from_slice(&element[..SIZE]),
             Err(stop) => {
                 // A device read is replayed from the start, with the data of those before it.
@@ -178,7 +178,7 @@ fn gather_vex<const INDEX: usize, const SIZE: usize>(
             continue;
         }
         let offset = element_offset::<INDEX>(insn, base, &index, i);
-        match cpu.read_operand_at(insn.seg, offset, SIZE) {
+        match cpu.read_element(insn.seg, offset, SIZE) {
             Ok(element) => v[i * SIZE..][..SIZE].copy_from_slice(&element[..SIZE]),
             Err(stop) => {
                 // A device read is replayed from the start, with the data of those before it.

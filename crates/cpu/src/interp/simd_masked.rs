@@ -9,7 +9,7 @@ use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
 use crate::exit::Stop;
 use crate::mode::Mode;
-use crate::state::{reg, seg};
+use crate::state::reg;
 
 /// The handler, if the instruction is of this family.
 pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
@@ -60,7 +60,7 @@ fn masked_load<const SIZE: usize>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop
     let mut v = [0; 32];
     for i in (0..len / SIZE).filter(|i| selected::<SIZE>(&mask, *i)) {
         let at = offset.wrapping_add((i * SIZE) as u64) & insn.addr_mask;
-        let element = cpu.read_operand_at(insn.seg, at, SIZE)?;
+        let element = cpu.read_element(insn.seg, at, SIZE)?;
         v[i * SIZE..][..SIZE].copy_from_slice(&element[..SIZE]);
     }
     cpu.set_ymm_bytes(number(raw.op0_register()), &v);
@@ -105,7 +105,7 @@ fn implicit_destination(cpu: &Cpu, insn: &Insn) -> (u8, u64, u64) {
         OpKind::MemorySegEDI => 0xffff_ffff,
         _ => u64::MAX,
     };
-    let n = crate::decode::segment_number(raw.memory_segment()).unwrap_or(seg::DS);
+    let n = crate::decode::operand_segment(raw, cpu.mode());
     let code = crate::decode::segment_code(n, cpu.mode());
     (code, cpu.state.regs[reg::RDI] & mask, mask)
 }

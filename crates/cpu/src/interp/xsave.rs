@@ -258,6 +258,8 @@ fn save(cpu: &mut Cpu, insn: &Insn, form: Save) -> Result<(), Stop> {
     header[..8].copy_from_slice(&(used & rfbm).to_le_bytes());
     header[8..].copy_from_slice(&(rfbm | COMPACTED).to_le_bytes());
     if !compacted {
+        // It will be written: a fault is that of a store.
+        cpu.probe_write(insn.seg, at(HEADER), 8)?;
         let old = cpu.read_at::<u64>(insn.seg, at(HEADER))?;
         header[..8].copy_from_slice(&(old & !rfbm | used & rfbm).to_le_bytes());
     }

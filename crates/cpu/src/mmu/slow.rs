@@ -4,6 +4,7 @@
 use super::tlb::Set;
 use super::{Access, Page};
 use crate::cpu::Cpu;
+use crate::decode::Insn;
 use crate::decode::{SEG_CHECKED, SEG_FLAT_SS};
 use crate::events::vector;
 use crate::exit::Stop;
@@ -105,6 +106,16 @@ impl Cpu {
         }
         if self.state.cr0 & cr0::AM != 0 && self.state.rflags & rflags::AC != 0 {
             return Err(self.raise_error(vector::AC, 0));
+        }
+        Ok(())
+    }
+
+    /// #AC that a store of the memory operand would raise.
+    pub(crate) fn check_store_alignment(&mut self, insn: &Insn, size: usize) -> Result<(), Stop> {
+        let base = self.state.seg[usize::from(insn.seg & 7)].base;
+        let linear = base.wrapping_add(self.effective_address(insn));
+        if size.is_power_of_two() {
+            self.check_alignment(linear, size, self.data_access(true))?;
         }
         Ok(())
     }

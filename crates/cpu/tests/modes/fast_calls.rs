@@ -90,7 +90,7 @@ const TABLE: &[(&[u8], At, To, To)] = &[
     (SYSENTER, Real, G, G),
     (SYSEXIT, Long(0), B, U),
     (SYSEXITQ, Long(0), B, U),
-    (SYSEXIT, Long(3), G, U),
+    (SYSEXIT, Long(3), G, G),
     (SYSEXIT, Compat32(0), B, U),
     (SYSEXIT, Prot32(0), B, B),
     (SYSEXIT, Prot32(3), G, G),
@@ -121,7 +121,13 @@ fn where_they_go() {
             c.cpu.state_changed();
             let system_call = code.ends_with(&[5]) || code.ends_with(&[7]);
             let long = matches!(at, Long(_) | Compat32(_) | Compat16(_));
-            let want = if system_call || amd && long { UD } else { GP0 };
+            // SYSEXIT looks at the privilege first.
+            let user = code == SYSEXIT && at == Long(3);
+            let want = if system_call || amd && long && !user {
+                UD
+            } else {
+                GP0
+            };
             let want = if at == Real { in_real(want) } else { want };
             assert_eq!(end(&mut c), want, "{code:x?} in {at:?}, AMD {amd}");
         }

@@ -49,11 +49,6 @@ const TABLE: &[Row] = &[
     ("LFENCE", &[0x0f, 0xae, 0xe8], "--------"),
     ("SERIALIZE", &[0x0f, 0x01, 0xe8], "--------"),
     ("MOVDIRI [mem], EAX", &[0x0f, 0x38, 0xf9, 0x07], "--------"),
-    (
-        "MOVDIR64B ECX, [mem]",
-        &[0x66, 0x0f, 0x38, 0xf8, 0x0f],
-        "--------",
-    ),
     // Descriptor tables.
     ("SGDT [mem]", &[0x0f, 0x01, 0x07], "--------"),
     ("SIDT [mem]", &[0x0f, 0x01, 0x0f], "--------"),
@@ -161,7 +156,6 @@ fn set_up(c: &mut Computer, name: &str) {
         "XSETBV" => c.cpu.state.regs[reg::RAX] = 1,
         // IA32_PAT, which takes the value 0.
         "RDMSR" | "WRMSR" => c.cpu.state.regs[reg::RCX] = 0x277,
-        "MOVDIR64B ECX, [mem]" => c.cpu.state.regs[reg::RCX] = 0x8040,
         _ => {}
     }
 }
