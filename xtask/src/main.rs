@@ -1,10 +1,11 @@
-//! The project's chores: `cargo xtask demo | test | bench | fuzz`.
+//! The project's chores: `cargo xtask demo | test | bench | diff | fuzz`.
 
 #![forbid(unsafe_code)]
 
 mod bench;
 mod build;
 mod demo;
+mod diff;
 mod e2e;
 mod fuzz;
 mod guest;
@@ -34,6 +35,8 @@ enum Task {
     /// Measure
     #[command(subcommand)]
     Bench(bench::BenchTask),
+    /// Compare random instructions with the host's processor
+    Diff(diff::DiffArgs),
     /// Look for guests that the processor cannot stand
     #[command(subcommand)]
     Fuzz(fuzz::FuzzTask),
@@ -57,6 +60,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => e2e::run(&args),
         Task::Bench(task) => bench::run(&task),
+        Task::Diff(args) => diff::run(&args),
         Task::Fuzz(task) => fuzz::run(&task),
         Task::Guest => {
             let guest = guest::Guest::prepare()?;

@@ -92,6 +92,13 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
         needs: Needs::Sources,
         body: Box::new(workspace_tests),
     }];
+    tests.push(Test {
+        name: "differential".to_owned(),
+        cpus: 2,
+        limit: Duration::from_secs(10 * 60),
+        needs: Needs::Sources,
+        body: Box::new(differential),
+    });
     tests.extend(boot::tests());
     tests.extend(qemu::tests());
     tests.extend(linux::tests());
@@ -240,6 +247,18 @@ fn workspace_tests(bench: &Bench, test: &Test) -> Result<()> {
             println!("{line}");
         }
         bail!("cargo test failed");
+    }
+    Ok(())
+}
+
+/// The short form of `cargo xtask diff`.
+fn differential(bench: &Bench, test: &Test) -> Result<()> {
+    let mut command = crate::diff::command()?;
+    command.args(["--cases", "1000000"]);
+    let outcome = process::run(&mut command, &bench.log(test), test.limit, &[])?;
+    print!("{}", outcome.output);
+    if !outcome.status.success() {
+        bail!("instructions differ from the host's");
     }
     Ok(())
 }

@@ -1,0 +1,172 @@
+//! Runs cases on both engines and keeps account.
+
+use crate::case::{Case, Engine};
+use crate::compare::{Difference, differences};
+use crate::host::Host;
+use crate::interpreter::Interpreter;
+use crate::minimise;
+use crate::text;
+use crate::tolerated;
+use iced_x86::{Code, Decoder, DecoderOptions};
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
+
+/// Both engines.
+pub struct Pair {
+    /// The reference.
+    pub host: Host,
+    /// What is compared with it.
+    pub guest: Interpreter,
+    /// The XSAVE components that both have.
+    pub components: u64,
+}
+
+/// What came of a case.
+pub enum Verdict {
+    /// No difference.
+    Same,
+    /// Only flags that are undefined.
+    Undefined(Vec<Difference>),
+    /// A difference with a reason: the rule's name.
+    Tolerated(&'static str),
+    /// A difference without one.
+    Different(Vec<Difference>),
+}
+
+impl Pair {
+    /// Both engines.
+    pub fn new() -> std::io::Result<Self> {
+        let host = Host::new()?;
+        let guest = Interpreter::new();
+        let components = host.components() & guest.components();
+        Ok(Self {
+            host,
+            guest,
+            components,
+        })
+    }
+
+    /// Runs some cases, at most a batch of the host's, on both at the same time.
+    pub fn run(&mut self, cases: &[Case]) -> Vec<Verdict> {
+        self.host.start(cases);
+        let guest = self.guest.run(cases);
+        let host = self.host.finish(cases);
+        let outcomes = host.iter().zip(&guest);
+        cases
+            .iter()
+            .zip(outcomes)
+            .map(|(case, (h, g))| {
+                let list = differences(case, h, g, self.components);
+                if list.is_empty() {
+                    Verdict::Same
+                } else if let Some(rule) = tolerated::explanation(case, h, g, &list) {
+                    Verdict::Tolerated(rule.name)
+                } else if list.iter().all(|d| d.undefined) {
+                    Verdict::Undefined(list)
+                } else {
+                    Verdict::Different(list)
+                }
+            })
+            .collect()
+    }
+
+    /// The differences of one case that have no reason.
+    pub fn different(&mut self, case: &Case) -> Option<Vec<Difference>> {
+        match self.run(std::slice::from_ref(case)).pop() {
+            Some(Verdict::Different(list)) => Some(list),
+            _ => None,
+        }
+    }
+}
+
+/// A difference that was found, as small as it could be made.
+pub struct Failure {
+    /// The case.
+    pub case: Case,
+    /// What differs.
+    pub differences: Vec<Difference>,
+    /// How many cases looked the same from outside.
+    pub count: u64,
+}
+
+impl Failure {
+    /// The case as a file, with what differs.
+    pub fn text(&self) -> String {
+        let mut out = text::print(&self.case);
+        for d in &self.differences {
+            let _ = writeln!(out, "# {}: host {}, here {}", d.what, d.host, d.guest);
+        }
+        out
+    }
+}
+
+/// The account of a run.
+#[derive(Default)]
+pub struct Account {
+    /// Cases run.
+    pub cases: u64,
+    /// Instructions that cases began with, by code, for 64 and 32 bits.
+    pub codes: HashMap<(u32, Code), u64>,
+    /// Cases whose only differences were undefined flags, by mnemonic.
+    pub undefined: BTreeMap<String, u64>,
+    /// Tolerated differences by rule.
+    pub tolerated: BTreeMap<&'static str, u64>,
+    /// Failures by first instruction and first difference.
+    pub failures: BTreeMap<String, Failure>,
+}
+
+impl Account {
+    /// Enters a batch. New failures are made small with the engines.
+    pub fn enter(&mut self, pair: &mut Pair, cases: &[Case], verdicts: Vec<Verdict>) {
+        for (case, verdict) in cases.iter().zip(verdicts) {
+            self.cases += 1;
+            let mut decoder =
+                Decoder::with_ip(case.bits, &case.code, case.state.rip, DecoderOptions::NONE);
+            let first = decoder.decode();
+            *self.codes.entry((case.bits, first.code())).or_insert(0) += 1;
+            match verdict {
+                Verdict::Same => {}
+                Verdict::Tolerated(name) => *self.tolerated.entry(name).or_insert(0) += 1,
+                Verdict::Undefined(_) => {
+                    let name = format!("{:?}", first.mnemonic());
+                    *self.undefined.entry(name).or_insert(0) += 1;
+                }
+                Verdict::Different(list) => self.fail(pair, case, list),
+            }
+        }
+    }
+
+    fn fail(&mut self, pair: &mut Pair, case: &Case, list: Vec<Difference>) {
+        let key = key(case, &list);
+        if let Some(known) = self.failures.get_mut(&key) {
+            known.count += 1;
+            return;
+        }
+        let (case, differences) = minimise::minimal(pair, case, list);
+        let failure = Failure {
+            case,
+            differences,
+            count: 1,
+        };
+        self.failures.insert(key, failure);
+    }
+}
+
+fn key(case: &Case, list: &[Difference]) -> String {
+    let mut decoder = Decoder::with_ip(case.bits, &case.code, case.state.rip, DecoderOptions::NONE);
+    let names: Vec<String> = if case.code.len() > 15 {
+        vec!["block".to_owned()]
+    } else {
+        decoder
+            .iter()
+            .take(1)
+            .map(|i| format!("{:?}", i.mnemonic()))
+            .collect()
+    };
+    let what = list.first().map_or(String::new(), |d| {
+        d.what
+            .trim_end_matches(|c: char| c.is_ascii_hexdigit())
+            .to_owned()
+    });
+    format!("{} {} {what}", case.bits, names.join(" "))
+}
