@@ -307,9 +307,9 @@ impl Default for Msrs {
 /// Bytes of a standard-format XSAVE area with x87, SSE, AVX, (MPX gap,) AVX-512 and PKRU.
 pub const XSAVE_BYTES: usize = 2816;
 
-/// A standard-format XSAVE area (SDM Vol. 1, 13.4): legacy region 0-511, header 512-575, AVX at
-/// 576, opmask at 1088, ZMM_Hi256 at 1152, Hi16_ZMM at 1664, PKRU at 2688. These are this crate's
-/// own (Intel's) offsets; CPUID leaf 0xD reports them to the guest.
+/// The registers that XSAVE saves, laid out like a standard-format XSAVE area of Intel's (SDM Vol. 1, 13.4):
+/// legacy region 0-511, header 512-575, AVX at 576, opmask at 1088, ZMM_Hi256 at 1152, Hi16_ZMM at 1664,
+/// PKRU at 2688. In memory the components are where the host has them ([`crate::cpuid::components`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub struct XsaveArea(pub [u8; XSAVE_BYTES]);

@@ -13,7 +13,7 @@ use anykvm_abi::{
     KVM_FEATURE_PV_UNHALT, KVM_FEATURE_STEAL_TIME, kvm_cpuid_entry2,
 };
 use anykvm_cpu::CpuState;
-use anykvm_cpu::cpuid::{CpuidEntry, CpuidTable};
+use anykvm_cpu::cpuid::{CpuidEntry, CpuidTable, compacted_size, components, xsave_size};
 
 use crate::error::{Errno, Result};
 
@@ -58,10 +58,25 @@ pub(crate) fn kvm_leaves() -> [kvm_cpuid_entry2; 2] {
     ]
 }
 
-/// KVM_GET_SUPPORTED_CPUID: what the processor implements, and KVM's own leaves.
+/// The XCR0 bit of PKRU.
+const PKRU: u32 = 9;
+/// Protection keys in leaf 7, ECX.
+const PKU: u32 = 1 << 3;
+
+/// KVM_GET_SUPPORTED_CPUID: what the processor implements, and KVM's own leaves. As in Linux, protection keys
+/// only where the host has them: QEMU asks the CPUID instruction where PKRU lies in the XSAVE area, and a
+/// host without PKRU answers 0, at which a guest would save it. Who gives a guest PKU all the same has it.
 pub(crate) fn supported() -> Vec<kvm_cpuid_entry2> {
+    let pkru_on_host = components().iter().any(|c| c.bit == PKRU && c.of_host);
     let own = anykvm_cpu::cpuid::supported()
         .into_iter()
+        .filter_map(|e| {
+            if pkru_on_host {
+                Some(e)
+            } else {
+                without_pku(e)
+            }
+        })
         .map(|e| kvm_cpuid_entry2 {
             function: e.function,
             index: e.index,
@@ -77,6 +92,22 @@ pub(crate) fn supported() -> Vec<kvm_cpuid_entry2> {
             padding: [0; 3],
         });
     own.chain(kvm_leaves()).collect()
+}
+
+/// A leaf without protection keys, if anything is left of it.
+fn without_pku(mut e: CpuidEntry) -> Option<CpuidEntry> {
+    match (e.function, e.index) {
+        (7, 0) => e.ecx &= !PKU,
+        (0xd, 0) => {
+            e.eax &= !(1 << PKRU);
+            e.ecx = xsave_size(e.eax.into());
+            e.ebx = e.ecx;
+        }
+        (0xd, 1) => e.ebx = compacted_size(host_xcr0() & !(1 << PKRU)),
+        (0xd, PKRU) => return None,
+        _ => {}
+    }
+    Some(e)
 }
 
 /// The CPUID of one vCPU.

@@ -297,7 +297,6 @@ pub(crate) mod xcr0 {
     pub const SSE: u64 = 1 << 1;
     pub const AVX: u64 = 1 << 2;
     pub const AVX512: u64 = 7 << 5;
-    pub const PKRU: u64 = 1 << 9;
 }
 
 /// Whether the guest may load XCR0 with this (SDM Vol. 2, XSETBV).

@@ -1,7 +1,8 @@
 //! KVM_GET_XSAVE, KVM_GET_XSAVE2 and KVM_SET_XSAVE: the standard-format XSAVE area (SDM Vol. 1, 13.4)
-//! that the registers live in.
+//! of the registers, its components where the host has them.
 
-use anykvm_cpu::state::{CpuState, XSAVE_BYTES, XsaveArea};
+use anykvm_cpu::cpuid::components;
+use anykvm_cpu::state::{CpuState, XsaveArea};
 
 use crate::cpuid;
 use crate::error::{Errno, Result};
@@ -11,26 +12,18 @@ use crate::registers::{MXCSR_MASK, xcr0};
 pub(crate) const REGION: usize = 4096;
 const HEADER: std::ops::Range<usize> = 512..576;
 
-/// Each component with where it lies (SDM Vol. 1, 13.4.3; this processor's offsets).
-const COMPONENTS: &[(u64, std::ops::Range<usize>)] = &[
-    (xcr0::AVX, XsaveArea::YMM_HI..XsaveArea::YMM_HI + 256),
-    (1 << 5, XsaveArea::OPMASK..XsaveArea::OPMASK + 64),
-    (1 << 6, XsaveArea::ZMM_HI..XsaveArea::ZMM_HI + 512),
-    (1 << 7, XsaveArea::HI16_ZMM..XsaveArea::HI16_ZMM + 1024),
-    (xcr0::PKRU, XsaveArea::PKRU..XsaveArea::PKRU + 8),
-];
-
 /// The registers as user space sees them. XSTATE_BV names every component that is not in its
 /// initial configuration, and x87 and SSE always.
 pub(crate) fn get(s: &CpuState) -> [u8; REGION] {
     let mut out = [0; REGION];
-    out[..XSAVE_BYTES].copy_from_slice(&s.xsave.0);
-    out[HEADER].fill(0);
+    out[..HEADER.start].copy_from_slice(&s.xsave.0[..HEADER.start]);
     let mut in_use = s.xsave.u64(XsaveArea::XSTATE_BV) | xcr0::X87 | xcr0::SSE;
-    for (bit, range) in COMPONENTS {
-        if s.xsave.0[range.clone()].iter().any(|b| *b != 0) {
-            in_use |= bit;
+    for c in components() {
+        let value = &s.xsave.0[c.register..c.register + c.size];
+        if value.iter().any(|b| *b != 0) {
+            in_use |= 1 << c.bit;
         }
+        out[c.offset..c.offset + c.size].copy_from_slice(value);
     }
     in_use &= cpuid::host_xcr0();
     out[512..520].copy_from_slice(&in_use.to_le_bytes());
@@ -62,9 +55,10 @@ pub(crate) fn set(s: &mut CpuState, area: &[u8; REGION]) -> Result<()> {
     if in_use & xcr0::SSE != 0 {
         new.0[160..416].copy_from_slice(&area[160..416]);
     }
-    for (bit, range) in COMPONENTS {
-        if in_use & bit != 0 {
-            new.0[range.clone()].copy_from_slice(&area[range.clone()]);
+    for c in components() {
+        if in_use >> c.bit & 1 != 0 {
+            new.0[c.register..c.register + c.size]
+                .copy_from_slice(&area[c.offset..c.offset + c.size]);
         }
     }
     // The component's upper half is reserved (SDM Vol. 1, 13.5.7).

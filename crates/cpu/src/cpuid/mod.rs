@@ -1,14 +1,16 @@
 //! CPUID: the table a processor answers from, how a leaf is found in it, and the bits that follow
 //! the processor's state (SDM Vol. 2, CPUID; look-up rules as Linux's `arch/x86/kvm/cpuid.c`).
 
+mod standard_format;
 mod supported;
 
+pub use standard_format::{Component, components};
 pub use supported::supported;
 
 use crate::cpu::Cpu;
 use crate::decode::Insn;
 use crate::exit::Stop;
-use crate::state::{CpuState, XsaveArea, cr4, efer, reg};
+use crate::state::{CpuState, cr4, efer, reg};
 
 /// One leaf or sub-leaf (`struct kvm_cpuid_entry2`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -311,33 +313,24 @@ fn dynamic_bits(s: &CpuState, apic_enabled: bool, e: &CpuidEntry, out: &mut [u32
     }
 }
 
-/// State components of the XSAVE area: bit, offset, size (SDM Vol. 1, 13.5).
-pub const XSAVE_COMPONENTS: [(u32, u32, u32); 5] = [
-    (2, XsaveArea::YMM_HI as u32, 256),
-    (5, XsaveArea::OPMASK as u32, 64),
-    (6, XsaveArea::ZMM_HI as u32, 512),
-    (7, XsaveArea::HI16_ZMM as u32, 1024),
-    (9, XsaveArea::PKRU as u32, 8),
-];
-
 /// Legacy region and header.
 const XSAVE_MIN: u32 = 576;
 
 /// Bytes of a standard-format XSAVE area for these components.
 pub fn xsave_size(xcr0: u64) -> u32 {
-    XSAVE_COMPONENTS
+    components()
         .iter()
-        .filter(|(bit, ..)| xcr0 >> bit & 1 != 0)
-        .map(|(_, offset, size)| offset + size)
+        .filter(|c| xcr0 >> c.bit & 1 != 0)
+        .map(|c| (c.offset + c.size) as u32)
         .fold(XSAVE_MIN, u32::max)
 }
 
 /// Bytes of a compacted XSAVE area for these components.
 pub fn compacted_size(components: u64) -> u32 {
-    XSAVE_COMPONENTS
+    self::components()
         .iter()
-        .filter(|(bit, ..)| components >> bit & 1 != 0)
-        .fold(XSAVE_MIN, |total, (_, _, size)| total + size)
+        .filter(|c| components >> c.bit & 1 != 0)
+        .fold(XSAVE_MIN, |total, c| total + c.size as u32)
 }
 
 /// CPUID. With CPUID faulting enabled it is #GP outside CPL 0; this crate does not offer that.
@@ -439,7 +432,8 @@ mod tests {
     #[test]
     fn sizes() {
         assert_eq!(xsave_size(3), 576);
-        assert_eq!(xsave_size(0xe7), 2688);
+        let last = components()[3];
+        assert_eq!(xsave_size(0xe7), (last.offset + last.size) as u32);
         assert_eq!(compacted_size(0xe7), 2688 - (1088 - 832));
     }
 }

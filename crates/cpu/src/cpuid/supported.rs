@@ -234,12 +234,12 @@ fn xsave_leaves(avx: bool) -> Vec<CpuidEntry> {
             ..leaf(1)
         },
     ];
-    for (bit, offset, size) in super::XSAVE_COMPONENTS {
-        if xcr0 >> bit & 1 != 0 {
+    for c in super::components() {
+        if xcr0 >> c.bit & 1 != 0 {
             list.push(CpuidEntry {
-                eax: size,
-                ebx: offset,
-                ..leaf(bit)
+                eax: c.size as u32,
+                ebx: c.offset as u32,
+                ..leaf(c.bit)
             });
         }
     }

@@ -7,14 +7,14 @@ use iced_x86::Mnemonic;
 
 use super::simd::{MXCSR_MASK, xcr0};
 use crate::cpu::Cpu;
-use crate::cpuid::feature;
+use crate::cpuid::{components, feature};
 use crate::decode::{Handler, Insn};
 use crate::events::vector;
 use crate::exit::Stop;
 use crate::mode::Mode;
 use crate::state::{CpuState, XsaveArea, cr0, cr4, efer, reg};
 
-/// Components behind the header: XCR0 bit, offset in the standard format, size.
+/// Components behind the header: XCR0 bit, offset in the register file, size.
 const EXTENDED: [(u64, usize, usize); 5] = [
     (xcr0::AVX, XsaveArea::YMM_HI, 256),
     (xcr0::OPMASK, XsaveArea::OPMASK, 64),
@@ -223,20 +223,22 @@ fn begin(cpu: &mut Cpu, insn: &Insn, supervisor: bool) -> Result<u64, Stop> {
     Ok((r[reg::RDX] << 32 | r[reg::RAX] & 0xffff_ffff) & enabled)
 }
 
-/// Offset of a component: its own in the standard format, behind those before it in the compacted.
+/// Components behind the header: XCR0 bit, offset in memory, offset in the register file, size. In the
+/// standard format a component has its place, in the compacted one it is behind those before it.
 fn offsets(layout: Option<u64>) -> impl Iterator<Item = (u64, usize, usize, usize)> {
     let mut next = HEADER_END;
-    EXTENDED
-        .into_iter()
-        .filter_map(move |(bit, standard, size)| match layout {
-            None => Some((bit, standard, standard, size)),
+    components().iter().filter_map(move |c| {
+        let bit = 1 << c.bit;
+        match layout {
+            None => Some((bit, c.offset, c.register, c.size)),
             Some(present) if present & bit != 0 => {
                 let at = next;
-                next += size;
-                Some((bit, at, standard, size))
+                next += c.size;
+                Some((bit, at, c.register, c.size))
             }
             Some(_) => None,
-        })
+        }
+    })
 }
 
 fn save(cpu: &mut Cpu, insn: &Insn, form: Save) -> Result<(), Stop> {
@@ -285,9 +287,9 @@ fn save(cpu: &mut Cpu, insn: &Insn, form: Save) -> Result<(), Stop> {
     if stored & xcr0::SSE != 0 {
         pieces.add(XsaveArea::XMM, XsaveArea::XMM, reach(cpu, xcr0::SSE, 256));
     }
-    for (bit, offset, standard, size) in offsets(compacted.then_some(rfbm)) {
+    for (bit, offset, register, size) in offsets(compacted.then_some(rfbm)) {
         if stored & bit != 0 {
-            pieces.add(offset, standard, reach(cpu, bit, size));
+            pieces.add(offset, register, reach(cpu, bit, size));
         }
     }
     let header_len = if compacted { 16 } else { 8 };
@@ -397,15 +399,15 @@ fn restore(cpu: &mut Cpu, insn: &Insn, supervisor: bool) -> Result<(), Stop> {
     } else if init & xcr0::SSE != 0 {
         new.0[xmm].fill(0);
     }
-    for (bit, offset, standard, size) in offsets(compacted.then_some(xcomp_bv)) {
-        let to = standard..standard + reach(cpu, bit, size);
+    for (bit, offset, register, size) in offsets(compacted.then_some(xcomp_bv)) {
+        let to = register..register + reach(cpu, bit, size);
         if load & bit != 0 && !to.is_empty() {
             cpu.read_bytes(insn.seg, at(offset), &mut new.0[to])?;
         }
     }
-    for (bit, standard, size) in EXTENDED {
+    for (bit, register, size) in EXTENDED {
         if init & bit != 0 {
-            let to = standard..standard + reach(cpu, bit, size);
+            let to = register..register + reach(cpu, bit, size);
             new.0[to].fill(0);
         }
     }
