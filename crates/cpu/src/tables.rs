@@ -91,7 +91,17 @@ impl Cpu {
         bytes[2..].copy_from_slice(&table.base.to_le_bytes());
         let len = if self.state.code64() { 10 } else { 6 };
         let at = self.effective_address(insn);
-        self.write_bytes(insn.seg, at, &bytes[..len])
+        // Alignment checking wants the base aligned, not the limit (SDM Vol. 3, 3.5.1).
+        let linear = self.linear(insn.seg, at, len, true)?.wrapping_add(2);
+        self.check_alignment(linear, 4, self.data_access(true))?;
+        let (limit, base) = bytes.split_at(2);
+        self.probe_write(insn.seg, at, len)?;
+        self.write_bytes(insn.seg, at, limit)?;
+        self.write_bytes(
+            insn.seg,
+            at.wrapping_add(2) & insn.addr_mask,
+            &base[..len - 2],
+        )
     }
 }
 

@@ -198,6 +198,8 @@ fn input_string<T: Ram>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     } else {
         rdi
     };
+    let linear = cpu.linear(code, first, T::BYTES, true)?;
+    cpu.check_alignment(linear, T::BYTES, cpu.data_access(true))?;
     cpu.probe_write(code, first, (count * size) as usize)?;
     if !cpu.port_in(port, T::BYTES, count as usize) {
         return Err(cpu.exit_io(Direction::In, T::BYTES, port, count as u32));

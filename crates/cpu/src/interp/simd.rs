@@ -200,6 +200,19 @@ impl Cpu {
         }
     }
 
+    /// Writes an element as scatters do: without an alignment check.
+    pub(super) fn write_unaligned(
+        &mut self,
+        seg: u8,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Stop> {
+        if self.state.rflags & rflags::AC == 0 {
+            return self.write_element(seg, offset, data);
+        }
+        self.write_bytes(seg, offset, data)
+    }
+
     /// Sets exception flags in MXCSR.
     #[inline(always)]
     pub(super) fn add_mxcsr_flags(&mut self, flags: u32) {
@@ -209,12 +222,17 @@ impl Cpu {
         }
     }
 
+    /// The memory operand's linear address, unchecked.
+    #[inline(always)]
+    pub(crate) fn operand_linear(&self, insn: &Insn) -> u64 {
+        let base = self.state.seg[usize::from(insn.seg & 7)].base;
+        base.wrapping_add(self.effective_address(insn))
+    }
+
     /// #GP(0) if the memory operand's linear address is no multiple of `size`.
     #[inline(always)]
     pub(crate) fn check_operand_alignment(&mut self, insn: &Insn, size: u64) -> Result<(), Stop> {
-        let base = self.state.seg[usize::from(insn.seg & 7)].base;
-        let linear = base.wrapping_add(self.effective_address(insn));
-        if linear & (size - 1) == 0 {
+        if self.operand_linear(insn) & (size - 1) == 0 {
             Ok(())
         } else {
             Err(self.gp0())

@@ -137,7 +137,7 @@ fn scatter<const INDEX: usize, const SIZE: usize>(cpu: &mut Cpu, insn: &Insn) ->
     for i in elements(ops.selected) {
         let offset = element_offset::<INDEX>(insn, base, ops.index.as_flattened(), i);
         let element = &v.as_flattened()[i * SIZE..][..SIZE];
-        if let Err(stop) = cpu.write_element(insn.seg, offset, element) {
+        if let Err(stop) = cpu.write_unaligned(insn.seg, offset, element) {
             cpu.set_opmask(ops.mask_register, left);
             return Err(stop);
         }

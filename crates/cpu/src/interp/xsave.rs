@@ -144,6 +144,8 @@ fn begin_fx(cpu: &mut Cpu, insn: &Insn) -> Result<bool, Stop> {
     if cpu.state.cr0 & (cr0::EM | cr0::TS) != 0 {
         return Err(cpu.raise_vector(vector::NM));
     }
+    // #AC, where it is on, is for less than four bytes (SDM Vol. 2, FXSAVE).
+    cpu.check_alignment(cpu.operand_linear(insn), 4, cpu.data_access(false))?;
     cpu.check_operand_alignment(insn, 16)?;
     let s = &cpu.state;
     Ok(s.msr.efer & efer::FFXSR != 0 && s.code64() && s.cpl() == 0)

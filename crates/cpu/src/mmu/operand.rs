@@ -2,7 +2,7 @@
 //! read-modify-writes of every size.
 
 use super::Access;
-use super::slow::{Place, is_stack};
+use super::slow::{Place, is_stack, operand_alignment};
 use super::tlb::Set;
 use crate::cpu::Cpu;
 use crate::decode::{Insn, SEG_CHECKED};
@@ -130,9 +130,11 @@ impl Cpu {
         mut f: impl FnMut(T) -> (T, R),
     ) -> Result<R, Stop> {
         let access = self.data_access(true);
+        self.check_canonical(linear, T::BYTES, stack)?;
+        self.check_alignment(linear, T::BYTES, access)?;
         let one_page = linear % PAGE + T::BYTES as u64 <= PAGE;
         // Rights to write are checked before the read, and a locked access is one access.
-        if locked && one_page && self.canonical(linear) && self.tlb.set != Set::Slow {
+        if locked && one_page {
             self.note_data(linear, T::BYTES, true);
             if let Place::Ram { host } = self.place(linear, access)? {
                 let r = locked_modify(host, f);
@@ -140,9 +142,7 @@ impl Cpu {
                 return Ok(r);
             }
         }
-        if self.canonical(linear) {
-            self.probe(linear, T::BYTES, access)?;
-        }
+        self.probe(linear, T::BYTES, access)?;
         let old = self.read_slow::<T>(linear, access, stack)?;
         let (new, r) = f(old);
         self.write_slow(linear, new, access, stack)?;
@@ -192,8 +192,10 @@ impl Cpu {
             return Ok(());
         }
         self.check_range(linear, buf.len(), is_stack(code))?;
+        let access = self.data_access(false);
+        self.check_alignment(linear, operand_alignment(buf.len()), access)?;
         self.note_data(linear, buf.len(), false);
-        self.read_pieces(linear, buf, self.data_access(false))
+        self.read_pieces(linear, buf, access)
     }
 
     /// Writes bytes at an offset through a segment code: all of them or none.
@@ -204,8 +206,10 @@ impl Cpu {
             return Ok(());
         }
         self.check_range(linear, data.len(), is_stack(code))?;
+        let access = self.data_access(true);
+        self.check_alignment(linear, operand_alignment(data.len()), access)?;
         self.note_data(linear, data.len(), true);
-        self.write_pieces(linear, data, self.data_access(true))
+        self.write_pieces(linear, data, access)
     }
 
     /// Raises what a write of `len` bytes at an offset through a segment code would raise.

@@ -26,6 +26,21 @@ pub(crate) enum Place {
     },
 }
 
+/// The alignment that the operand of an instruction other than one, two, four or eight bytes must
+/// have where alignment checking is on (SDM Vol. 3, table 6-7; vectors as AMD's processors have it):
+/// told by its size.
+pub(crate) fn operand_alignment(size: usize) -> usize {
+    match size {
+        // XMM, YMM, ZMM.
+        16 | 32 | 64 => 16,
+        // x87: a number, the 16-bit and the 32-bit environment and state.
+        10 => 8,
+        14 | 94 => 2,
+        28 | 108 => 4,
+        _ => 1,
+    }
+}
+
 /// Whether faults of an access through this segment code are #SS.
 pub(crate) fn is_stack(code: u8) -> bool {
     code == SEG_FLAT_SS || code == seg::SS | SEG_CHECKED
@@ -99,9 +114,15 @@ impl Cpu {
             .fill(set, linear, host_page, (readable, writable), key);
     }
 
-    /// #AC for a misaligned access while alignment checking is on (SDM Vol. 3, 6.15, vector 17).
-    fn check_alignment(&mut self, linear: u64, size: usize, access: Access) -> Result<(), Stop> {
-        if !access.user || access.implicit || linear.is_multiple_of(size.min(8) as u64) {
+    /// #AC for an access that is not aligned to `alignment` while alignment checking is on (SDM
+    /// Vol. 3, 6.15, vector 17). It comes before page faults, as on AMD's processors.
+    pub(crate) fn check_alignment(
+        &mut self,
+        linear: u64,
+        alignment: usize,
+        access: Access,
+    ) -> Result<(), Stop> {
+        if !access.user || access.implicit || linear.is_multiple_of(alignment as u64) {
             return Ok(());
         }
         if self.state.cr0 & cr0::AM != 0 && self.state.rflags & rflags::AC != 0 {
@@ -112,16 +133,21 @@ impl Cpu {
 
     /// #AC that a store of the memory operand would raise.
     pub(crate) fn check_store_alignment(&mut self, insn: &Insn, size: usize) -> Result<(), Stop> {
-        let base = self.state.seg[usize::from(insn.seg & 7)].base;
-        let linear = base.wrapping_add(self.effective_address(insn));
-        if size.is_power_of_two() {
-            self.check_alignment(linear, size, self.data_access(true))?;
-        }
-        Ok(())
+        let alignment = match size {
+            2 | 4 | 8 => size,
+            _ => operand_alignment(size),
+        };
+        let linear = self.operand_linear(insn);
+        self.check_alignment(linear, alignment, self.data_access(true))
     }
 
     /// Checks that an access lies in canonical space.
-    fn check_canonical(&mut self, linear: u64, size: usize, stack: bool) -> Result<(), Stop> {
+    pub(crate) fn check_canonical(
+        &mut self,
+        linear: u64,
+        size: usize,
+        stack: bool,
+    ) -> Result<(), Stop> {
         let last = linear.wrapping_add(size as u64 - 1);
         if self.canonical(linear) && self.canonical(last) {
             return Ok(());
