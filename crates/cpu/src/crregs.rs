@@ -194,10 +194,20 @@ impl Cpu {
         Ok(())
     }
 
-    /// An address in the form that MSRs, table bases and branch targets of 64-bit mode must have:
-    /// canonical for the linear-address width in force. #GP(0) if it is not.
+    /// A branch target of 64-bit mode: canonical for the linear-address width in force. #GP(0) if it
+    /// is not.
     pub(crate) fn check_canonical_value(&mut self, address: u64) -> Result<(), Stop> {
         if is_canonical(address, self.state.cr4 & cr4::LA57 != 0) {
+            Ok(())
+        } else {
+            Err(self.gp0())
+        }
+    }
+
+    /// A base address of a segment or table, or an address to invalidate: canonical for the widest
+    /// linear addresses the processor has, whatever CR4.LA57 is, as for MSRs. #GP(0) if it is not.
+    pub(crate) fn check_canonical_base(&mut self, address: u64) -> Result<(), Stop> {
+        if is_canonical(address, self.cpuid.has_la57()) {
             Ok(())
         } else {
             Err(self.gp0())
@@ -283,7 +293,7 @@ pub(crate) fn invpcid(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     }
     match kind {
         0 => {
-            cpu.check_canonical_value(linear)?;
+            cpu.check_canonical_base(linear)?;
             cpu.flush_tlb_page(linear);
         }
         1 => cpu.flush_tlb_pcid(pcid),

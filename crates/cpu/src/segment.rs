@@ -245,7 +245,7 @@ pub(crate) fn rd_base<T: Width, const N: u8>(cpu: &mut Cpu, insn: &Insn) -> Resu
 pub(crate) fn wr_base<T: Width, const N: u8>(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
     require_fsgsbase(cpu)?;
     let base = T::get(&cpu.state.regs, insn.op0).to_u64();
-    cpu.check_canonical_value(base)?;
+    cpu.check_canonical_base(base)?;
     cpu.state.seg[usize::from(N)].base = base;
     Ok(())
 }

@@ -2,6 +2,7 @@
 //! LLDT, SLDT, LTR, STR, LAR, LSL, VERR, VERW, ARPL (SDM Vol. 2; Vol. 3, 2.4 and 5.10).
 
 use crate::cpu::Cpu;
+use crate::crregs::is_canonical;
 use crate::decode::Insn;
 use crate::descriptor::{Descriptor, is_null, selector_error, system_type};
 use crate::events::vector;
@@ -66,7 +67,7 @@ impl Cpu {
         let at = at.wrapping_add(2) & insn.addr_mask;
         let base = if self.state.code64() {
             let base = self.read_at::<u64>(insn.seg, at)?;
-            self.check_canonical_value(base)?;
+            self.check_canonical_base(base)?;
             base
         } else {
             let base = u64::from(self.read_at::<u32>(insn.seg, at)?);
@@ -161,7 +162,9 @@ fn system_descriptor(cpu: &mut Cpu, selector: u16, valid: &[u8]) -> Result<Descr
     }
     if cpu.state.long_mode() {
         cpu.fetch_upper_half(&mut d, vector::GP)?;
-        cpu.check_canonical_value(d.base())?;
+        if !is_canonical(d.base(), cpu.cpuid.has_la57()) {
+            return Err(cpu.raise_error(vector::GP, error));
+        }
     }
     Ok(d)
 }

@@ -31,9 +31,9 @@ const NEVER: Wants = Ac(1);
 impl Wants {
     fn vector(self, address: u64) -> u64 {
         match self {
-            Ac(n) if address % n != 0 => AC,
-            AcThenGp(n, _) if address % n != 0 => AC,
-            Gp(n) | AcThenGp(_, n) if address % n != 0 => GP,
+            Ac(n) if !address.is_multiple_of(n) => AC,
+            AcThenGp(n, _) if !address.is_multiple_of(n) => AC,
+            Gp(n) | AcThenGp(_, n) if !address.is_multiple_of(n) => GP,
             _ => DONE,
         }
     }

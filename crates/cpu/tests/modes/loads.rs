@@ -271,8 +271,10 @@ fn system_segment_selectors() {
         (Prot32(0), 0xd9, FREE, TSS, u64::MAX, Done),
         (Long(0), 0xd9, FREE, TSS, 0xffff_8000, Done),
         (Long(0), 0xd1, FREE, LDT, 0x7fff, Done),
-        (Long(0), 0xd1, FREE, LDT, 0x8000, GP0),
-        (Long(0), 0xd9, FREE, TSS, 0x1_0000, GP0),
+        // Bases are canonical with 57 bits, whatever CR4.LA57 is.
+        (Long(0), 0xd1, FREE, LDT, 0x8000, Done),
+        (Long(0), 0xd1, FREE, LDT, 0x100_0000, Fault(GP, ERROR)),
+        (Long(0), 0xd9, FREE, TSS, 0x1ff_ffff, Fault(GP, ERROR)),
         // A type in the upper half.
         (Long(0), 0xd9, FREE, TSS, 0x200 << 32, Fault(GP, ERROR)),
         (Long(0), 0xd1, FREE, LDT, 0x1000 << 32, Fault(GP, ERROR)),
