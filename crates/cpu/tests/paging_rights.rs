@@ -281,3 +281,44 @@ fn every_combination_follows_the_rules() {
     }
     assert!(n > 10_000, "{n}");
 }
+
+/// Accesses the processor makes to its tables are supervisor accesses at any CPL, and SMAP holds for
+/// them whatever RFLAGS.AC is (4.6): LAR through a GDT in a user page.
+#[test]
+fn implicit_accesses() {
+    let kernel_ac = Setting { ac: true, ..KERNEL };
+    for (setting, want) in [
+        (KERNEL, Some(1)),
+        (kernel_ac, Some(1)),
+        (USER, Some(1)),
+        (Setting { ac: true, ..USER }, Some(1)),
+    ] {
+        for smap in [false, true] {
+            let mut m = Paged::new();
+            // lar eax, [rip]: a selector of the table in the page under test; out 0x77, al
+            m.c.put(0x5000, &[0x66, 0xb9, 0x08, 0, 0x0f, 0x02, 0xc1, 0xe6, 0x77]);
+            m.map([ALL, ALL, ALL, FRAME | ALL]);
+            m.c.put64(FRAME + 8, 0x00af_9b00_0000_ffff);
+            m.set(Setting { smap, ..setting });
+            // The gates' code segment must be found, so the handler's GDT is the old one.
+            let gdt = m.c.cpu.state.gdtr;
+            m.c.cpu.state.gdtr.base = harness::paging::LINEAR;
+            m.c.cpu.state.set_rip(0x5000);
+            m.c.cpu.state_changed();
+            let exit = loop {
+                match m.c.cpu.run(1) {
+                    anykvm_cpu::Exit::Budget => {
+                        let e = m.c.cpu.state.events.exception;
+                        if e.pending {
+                            break Some(u64::from(e.error_code));
+                        }
+                    }
+                    anykvm_cpu::Exit::Io { port: 0x77, .. } => break None,
+                    other => panic!("{other:?}"),
+                }
+            };
+            m.c.cpu.state.gdtr = gdt;
+            assert_eq!(exit, if smap { want } else { None }, "{setting:?}");
+        }
+    }
+}
