@@ -344,6 +344,26 @@ pub const TOLERATED: &[Tolerated] = &[
         applies: |s| s.insn.code() == Code::Movsxd_r16_rm16,
     },
     Tolerated {
+        name: "bits of EVEX and opmask encodings",
+        reason: "EVEX.b without a memory operand or a use for it, and numbers of opmask registers \
+                 above 7, are #UD by SDM Vol. 2, 2.7.11; AMD's processors ignore them",
+        applies: |s| {
+            let opmask = |op: u8| matches!(op, 0x30..=0x33 | 0x41..=0x4b | 0x90..=0x99);
+            let ignored = match s.opcode() {
+                [0x62, _, _, p2, _, modrm, ..] => p2 & 0x10 != 0 && *modrm >= 0xc0,
+                [0xc5, _, op, ..] | [0xc4, _, _, op, ..] => opmask(*op),
+                _ => false,
+            };
+            ignored && s.insn.is_invalid() && s.vectors().1 == Some(v::UD)
+        },
+    },
+    Tolerated {
+        name: "#AC of masked operands",
+        reason: "whether an operand whose elements are masked is checked for its alignment is the \
+                 implementation's",
+        applies: |s| s.alignment_checked() && s.insn.has_op_mask() && s.vectors().1 == Some(v::AC),
+    },
+    Tolerated {
         name: "underflow of VCVTPS2PH",
         reason: "an exact tiny result with underflow unmasked is not found: flush-to-zero, which \
                  shows it with others, is ignored by this instruction",
