@@ -27,6 +27,18 @@ pub enum Hypercall {
     Exit(Exit),
 }
 
+/// What KVM does and a processor would not, unless KVM_CAP_DISABLE_QUIRKS2 turns it off (KVM API,
+/// 7.32).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quirk {
+    /// MONITOR and MWAIT are never #UD at CPL 0: `KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS`.
+    MwaitNeverFaults,
+    /// CPUID's MONITOR flag does not follow IA32_MISC_ENABLE: `KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT`.
+    MwaitOfCpuid,
+    /// The other vendor's VMCALL or VMMCALL is rewritten: `KVM_X86_QUIRK_FIX_HYPERCALL_INSN`.
+    FixHypercall,
+}
+
 /// Ports, device memory, the interrupt controller and the clock, as one processor sees them.
 pub trait Machine: Send + Sync {
     /// An IN of `data.len()` bytes; false if no device here has that port.
@@ -61,6 +73,11 @@ pub trait Machine: Send + Sync {
     }
     /// Whether guest access to the MSR is allowed at all (KVM_X86_SET_MSR_FILTER).
     fn msr_filter(&self, index: u32, write: bool) -> MsrResult<()>;
+
+    /// Whether a quirk of KVM's is in force.
+    fn has_quirk(&self, _: Quirk) -> bool {
+        true
+    }
 
     /// VMCALL or VMMCALL: number and arguments as KVM passes them.
     fn hypercall(&self, state: &mut CpuState, nr: u64, args: [u64; 5]) -> Hypercall;

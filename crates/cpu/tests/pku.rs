@@ -5,7 +5,7 @@
 mod harness;
 
 use anykvm_cpu::Exit;
-use anykvm_cpu::cpuid::{self, feature};
+use anykvm_cpu::cpuid::{self, Around, feature};
 use anykvm_cpu::events::vector::{GP, UD};
 use anykvm_cpu::state::{XsaveArea, cr0, cr4, reg};
 use harness::Computer;
@@ -219,8 +219,11 @@ fn place() -> u32 {
 fn cpuid_tells() {
     let mut c = machine(&[], 0, 0);
     assert!(c.cpu.cpuid.has(feature::PKU));
-    let leaf =
-        |c: &Computer, function, index| c.cpu.cpuid.cpuid(&c.cpu.state, true, function, index);
+    let leaf = |c: &Computer, function, index| {
+        c.cpu
+            .cpuid
+            .cpuid(&c.cpu.state, Around::default(), function, index)
+    };
     assert_eq!(leaf(&c, 7, 0)[2] >> 3 & 3, 3);
     c.cpu.state.cr4 &= !cr4::PKE;
     assert_eq!(leaf(&c, 7, 0)[2] >> 3 & 3, 1);

@@ -13,7 +13,7 @@ use anykvm_abi::{
     KVM_FEATURE_PV_UNHALT, KVM_FEATURE_STEAL_TIME, kvm_cpuid_entry2,
 };
 use anykvm_cpu::CpuState;
-use anykvm_cpu::cpuid::{CpuidEntry, CpuidTable, compacted_size, components, xsave_size};
+use anykvm_cpu::cpuid::{Around, CpuidEntry, CpuidTable, compacted_size, components, xsave_size};
 
 use crate::error::{Errno, Result};
 
@@ -188,12 +188,11 @@ impl GuestCpuid {
     }
 
     /// The entries with the bits that follow the processor's state (`kvm_update_cpuid_runtime`).
-    pub fn entries_now(&self, state: &CpuState, apic_enabled: bool) -> Vec<kvm_cpuid_entry2> {
+    pub fn entries_now(&self, state: &CpuState, around: Around) -> Vec<kvm_cpuid_entry2> {
         self.entries
             .iter()
             .map(|e| {
-                let [eax, ebx, ecx, edx] =
-                    self.table.cpuid(state, apic_enabled, e.function, e.index);
+                let [eax, ebx, ecx, edx] = self.table.cpuid(state, around, e.function, e.index);
                 kvm_cpuid_entry2 {
                     eax,
                     ebx,
@@ -302,7 +301,7 @@ mod tests {
         let mut s = CpuState::new();
         s.cr4 = cr4::OSXSAVE;
         s.xcr0 = 7;
-        let now = cpuid.entries_now(&s, true);
+        let now = cpuid.entries_now(&s, Around::default());
         assert_eq!((now[0].ecx, now[0].edx, now[1].ebx), (1 << 27, 1 << 9, 832));
     }
 }

@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use anykvm_abi::{
     KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
+    KVM_X86_QUIRK_FIX_HYPERCALL_INSN, KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT,
+    KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS,
 };
 use anykvm_cpu::cpuid::feature;
-use anykvm_cpu::machine::{Hypercall, MsrResult};
+use anykvm_cpu::machine::{Hypercall, MsrResult, Quirk};
 use anykvm_cpu::memory::PAGE;
 use anykvm_cpu::requests::OWNER;
 use anykvm_cpu::{CpuState, Machine};
@@ -346,6 +348,14 @@ impl Machine for VcpuMachine {
         } else {
             self.refuse(KVM_MSR_EXIT_REASON_FILTER)
         }
+    }
+
+    fn has_quirk(&self, quirk: Quirk) -> bool {
+        self.vm.enabled().has_quirk(match quirk {
+            Quirk::MwaitNeverFaults => KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS,
+            Quirk::MwaitOfCpuid => KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT,
+            Quirk::FixHypercall => KVM_X86_QUIRK_FIX_HYPERCALL_INSN,
+        })
     }
 
     fn hypercall(&self, state: &mut CpuState, nr: u64, args: [u64; 5]) -> Hypercall {

@@ -7,7 +7,9 @@ use anykvm_abi::{
     kvm_xcrs,
 };
 use anykvm_cpu::Machine;
+use anykvm_cpu::cpuid::Around;
 use anykvm_cpu::events::MpState;
+use anykvm_cpu::machine::Quirk;
 use anykvm_cpu::requests::{EVENT, OWNER};
 use anykvm_cpu::state::seg;
 
@@ -235,10 +237,12 @@ impl Vcpu {
     /// KVM_GET_CPUID2.
     pub fn cpuid2(&self) -> Vec<kvm_cpuid_entry2> {
         self.read(|core| {
-            let apic_enabled = self.machine().apic_base() & APIC_BASE_ENABLE != 0;
-            self.machine()
-                .cpuid()
-                .entries_now(&core.cpu.state, apic_enabled)
+            let machine = self.machine();
+            let around = Around {
+                apic_enabled: machine.apic_base() & APIC_BASE_ENABLE != 0,
+                mwait_of_msr: !machine.has_quirk(Quirk::MwaitOfCpuid),
+            };
+            machine.cpuid().entries_now(&core.cpu.state, around)
         })
     }
 

@@ -10,6 +10,8 @@ pub use supported::supported;
 use crate::cpu::Cpu;
 use crate::decode::Insn;
 use crate::exit::Stop;
+use crate::machine::Quirk;
+use crate::msr::MISC_ENABLE_MWAIT;
 use crate::state::{CpuState, cr4, efer, reg};
 
 /// One leaf or sub-leaf (`struct kvm_cpuid_entry2`).
@@ -243,8 +245,8 @@ impl CpuidTable {
         self.invpcid
     }
 
-    /// What CPUID returns in EAX, EBX, ECX, EDX. `apic_enabled`: IA32_APIC_BASE.EN.
-    pub fn cpuid(&self, s: &CpuState, apic_enabled: bool, function: u32, index: u32) -> [u32; 4] {
+    /// What CPUID returns in EAX, EBX, ECX, EDX.
+    pub fn cpuid(&self, s: &CpuState, around: Around, function: u32, index: u32) -> [u32; 4] {
         let entry = self.find(function, index).or_else(|| {
             let function = self.out_of_range(function)?;
             self.find(function, index)
@@ -253,7 +255,7 @@ impl CpuidTable {
             return self.absent_subleaf(function, index);
         };
         let mut out = [e.eax, e.ebx, e.ecx, e.edx];
-        dynamic_bits(s, apic_enabled, e, &mut out);
+        dynamic_bits(s, around, e, &mut out);
         out
     }
 
@@ -291,8 +293,28 @@ impl CpuidTable {
     }
 }
 
-/// The bits that follow CR4, XCR0 and IA32_APIC_BASE.
-fn dynamic_bits(s: &CpuState, apic_enabled: bool, e: &CpuidEntry, out: &mut [u32; 4]) {
+/// What CPUID follows besides the processor's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Around {
+    /// IA32_APIC_BASE.EN.
+    pub apic_enabled: bool,
+    /// The MONITOR flag follows IA32_MISC_ENABLE ([`crate::machine::Quirk::MwaitOfCpuid`] is off).
+    pub mwait_of_msr: bool,
+}
+
+impl Default for Around {
+    /// As after reset.
+    fn default() -> Self {
+        Self {
+            apic_enabled: true,
+            mwait_of_msr: false,
+        }
+    }
+}
+
+/// The bits that follow CR4, XCR0, IA32_APIC_BASE and IA32_MISC_ENABLE.
+fn dynamic_bits(s: &CpuState, around: Around, e: &CpuidEntry, out: &mut [u32; 4]) {
+    let apic_enabled = around.apic_enabled;
     let mut set = |register: usize, bit: u32, on: bool| {
         out[register] = out[register] & !(1 << bit) | u32::from(on) << bit;
     };
@@ -300,9 +322,8 @@ fn dynamic_bits(s: &CpuState, apic_enabled: bool, e: &CpuidEntry, out: &mut [u32
         (1, _) => {
             set(2, 27, s.cr4 & cr4::OSXSAVE != 0);
             set(3, 9, apic_enabled);
-            // MWAIT follows IA32_MISC_ENABLE.MONITOR.
-            if e.ecx >> 3 & 1 != 0 {
-                set(2, 3, s.msr.misc_enable >> 18 & 1 != 0);
+            if around.mwait_of_msr {
+                set(2, 3, s.msr.misc_enable & MISC_ENABLE_MWAIT != 0);
             }
         }
         (7, 0) => set(2, 4, s.cr4 & cr4::PKE != 0),
@@ -337,8 +358,11 @@ pub fn compacted_size(components: u64) -> u32 {
 pub(crate) fn execute(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
     let function = cpu.state.regs[reg::RAX] as u32;
     let index = cpu.state.regs[reg::RCX] as u32;
-    let apic_enabled = cpu.apic_enabled();
-    let out = cpu.cpuid.cpuid(&cpu.state, apic_enabled, function, index);
+    let around = Around {
+        apic_enabled: cpu.apic_enabled(),
+        mwait_of_msr: !cpu.machine.has_quirk(Quirk::MwaitOfCpuid),
+    };
+    let out = cpu.cpuid.cpuid(&cpu.state, around, function, index);
     for (register, value) in [reg::RAX, reg::RBX, reg::RCX, reg::RDX]
         .into_iter()
         .zip(out)
@@ -408,11 +432,11 @@ mod tests {
     fn beyond_the_last_leaf() {
         let s = CpuState::new();
         let t = intel();
-        assert_eq!(t.cpuid(&s, true, 0x20, 0)[0], 7);
-        assert_eq!(t.cpuid(&s, true, 0x8000_0009, 0)[0], 7);
+        assert_eq!(t.cpuid(&s, Around::default(), 0x20, 0)[0], 7);
+        assert_eq!(t.cpuid(&s, Around::default(), 0x8000_0009, 0)[0], 7);
         // In range but absent: zero.
-        assert_eq!(t.cpuid(&s, true, 5, 0), [0; 4]);
-        assert_eq!(t.cpuid(&s, true, 0xb, 9), [0, 0, 9, 5]);
+        assert_eq!(t.cpuid(&s, Around::default(), 5, 0), [0; 4]);
+        assert_eq!(t.cpuid(&s, Around::default(), 0xb, 9), [0, 0, 9, 5]);
         assert_eq!(t.phys_bits(), 39);
     }
 
@@ -420,13 +444,13 @@ mod tests {
     fn dynamic_bits_follow_the_state() {
         let mut s = CpuState::new();
         let t = intel();
-        assert_eq!(t.cpuid(&s, false, 1, 0)[2] >> 27 & 1, 0);
+        assert_eq!(t.cpuid(&s, Around::default(), 1, 0)[2] >> 27 & 1, 0);
         s.cr4 |= cr4::OSXSAVE;
-        assert_eq!(t.cpuid(&s, true, 1, 0)[2] >> 27 & 1, 1);
-        assert_eq!(t.cpuid(&s, true, 1, 0)[3] >> 9 & 1, 1);
-        assert_eq!(t.cpuid(&s, true, 0xd, 0)[1], 576);
+        assert_eq!(t.cpuid(&s, Around::default(), 1, 0)[2] >> 27 & 1, 1);
+        assert_eq!(t.cpuid(&s, Around::default(), 1, 0)[3] >> 9 & 1, 1);
+        assert_eq!(t.cpuid(&s, Around::default(), 0xd, 0)[1], 576);
         s.xcr0 = 7;
-        assert_eq!(t.cpuid(&s, true, 0xd, 0)[1], 832);
+        assert_eq!(t.cpuid(&s, Around::default(), 0xd, 0)[1], 832);
     }
 
     #[test]

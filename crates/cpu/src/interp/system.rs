@@ -5,6 +5,7 @@ use iced_x86::{Code, Mnemonic};
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
 use crate::exit::Stop;
+use crate::machine::Quirk;
 use crate::mode::Mode;
 use crate::state::seg;
 use crate::{
@@ -213,10 +214,16 @@ const NOT_OFFERED: &[Mnemonic] = &[
     Mnemonic::Ptwrite,
 ];
 
-/// MONITOR and MWAIT do nothing although CPUID does not offer them, as in KVM
-/// (KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS).
+/// MONITOR and MWAIT do nothing, as in KVM: by one of its quirks even if the guest has not got them,
+/// which IA32_MISC_ENABLE tells, or by another CPUID.
 fn monitor(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
-    if cpu.state.cpl() == 0 {
+    let has = if cpu.machine.has_quirk(Quirk::MwaitOfCpuid) {
+        cpu.cpuid.has(cpuid::feature::MWAIT)
+    } else {
+        cpu.state.msr.misc_enable & msr::MISC_ENABLE_MWAIT != 0
+    };
+    let allowed = has || cpu.machine.has_quirk(Quirk::MwaitNeverFaults);
+    if allowed && cpu.state.cpl() == 0 {
         Ok(())
     } else {
         Err(cpu.ud())

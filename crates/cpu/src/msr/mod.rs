@@ -251,6 +251,8 @@ const CONSTANT: &[(u32, u64)] = &[
 /// Eight variable ranges, fixed ranges, write-combining (SDM Vol. 3, 12.11.1).
 const MTRR_CAP_VALUE: u64 = 0x508;
 
+/// IA32_MISC_ENABLE: MONITOR and MWAIT exist.
+pub const MISC_ENABLE_MWAIT: u64 = 1 << 18;
 /// IA32_ARCH_CAPABILITIES: what the processor does not suffer from, since it does not speculate:
 /// RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO,
 /// FBSDP_NO, PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO.

@@ -7,7 +7,7 @@ pub mod tables;
 
 use std::sync::{Arc, Mutex};
 
-use anykvm_cpu::machine::{Hypercall, MsrResult};
+use anykvm_cpu::machine::{Hypercall, MsrResult, Quirk};
 use anykvm_cpu::memory::mapping::Mapping;
 use anykvm_cpu::memory::{GuestMemory, MemoryMap, Slot};
 use anykvm_cpu::state::{Segment, Table, cr0, cr4, efer, reg};
@@ -19,6 +19,8 @@ pub struct Ports {
     pub written: Mutex<Vec<(u16, Vec<u8>)>>,
     /// The vector of the interrupt that waits.
     pub interrupt: Mutex<Option<u8>>,
+    /// Quirks that are off.
+    pub no_quirks: Mutex<Vec<Quirk>>,
 }
 
 impl Machine for Ports {
@@ -62,6 +64,9 @@ impl Machine for Ports {
     }
     fn msr_filter(&self, _: u32, _: bool) -> MsrResult<()> {
         MsrResult::Done(())
+    }
+    fn has_quirk(&self, quirk: Quirk) -> bool {
+        !self.no_quirks.lock().unwrap().contains(&quirk)
     }
     fn hypercall(&self, _: &mut CpuState, _: u64, _: [u64; 5]) -> Hypercall {
         Hypercall::Done(u64::MAX)

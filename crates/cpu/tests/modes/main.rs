@@ -17,6 +17,7 @@ mod machine;
 mod opcodes;
 mod prefixes;
 mod privilege;
+mod quirks;
 mod smm;
 mod task_faults;
 mod tasks;
