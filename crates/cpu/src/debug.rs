@@ -21,6 +21,14 @@ pub const DR7_GD: u64 = 1 << 13;
 pub const DR7_FIXED: u64 = 0x400;
 /// DR7 bits that software may change; bit 11 (RTM) is reserved without RTM (SDM Vol. 3, 18.2.4).
 pub const DR7_WRITABLE: u64 = 0xffff_23ff;
+/// What DR6 becomes when software loads it.
+pub fn loaded_dr6(value: u64) -> u64 {
+    value & DR6_WRITABLE | DR6_FIXED
+}
+/// What DR7 becomes when software loads it.
+pub fn loaded_dr7(value: u64) -> u64 {
+    value & DR7_WRITABLE | DR7_FIXED
+}
 /// DR7.L0-L3 and G0-G3.
 const DR7_ENABLES: u64 = 0xff;
 /// IA32_DEBUGCTL.LBR: branches are recorded.

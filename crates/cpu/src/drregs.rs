@@ -2,7 +2,7 @@
 //! [`crate::debug`].
 
 use crate::cpu::Cpu;
-use crate::debug::{DR6_BD, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_GD, DR7_WRITABLE};
+use crate::debug::{DR6_BD, DR6_FIXED, DR7_GD, loaded_dr6, loaded_dr7};
 use crate::decode::Insn;
 use crate::events::vector;
 use crate::exit::{Exit, Fault, Stop};
@@ -63,8 +63,8 @@ pub(crate) fn mov_to_dr(cpu: &mut Cpu, insn: &Insn) -> Result<(), Stop> {
         return Err(cpu.gp0());
     }
     match n {
-        6 => cpu.state.dr6 = value & DR6_WRITABLE | DR6_FIXED,
-        7 => cpu.state.dr7 = value & DR7_WRITABLE | DR7_FIXED,
+        6 => cpu.state.dr6 = loaded_dr6(value),
+        7 => cpu.state.dr7 = loaded_dr7(value),
         _ => cpu.state.db[usize::from(n & 3)] = value,
     }
     // Watched pages have no fast TLB entries.

@@ -3,6 +3,7 @@
 
 use crate::cpu::Cpu;
 use crate::cpuid::feature;
+use crate::debug::{loaded_dr6, loaded_dr7};
 use crate::decode::Insn;
 use crate::exit::Stop;
 use crate::memory::PAGE;
@@ -177,8 +178,8 @@ fn restore_64(a: &Area, s: &mut CpuState) -> Control {
     }
     s.set_rip(a.u64(0xff78));
     s.rflags = u64::from(a.u32(0xff70)) & rflags::WRITABLE | rflags::FIXED;
-    s.dr6 = a.u64(0xff68);
-    s.dr7 = a.u64(0xff60);
+    s.dr6 = loaded_dr6(a.u64(0xff68));
+    s.dr7 = loaded_dr7(a.u64(0xff60));
     s.msr.smbase = a.u32(0xff00).into();
     s.tr = a.segment_64(0xfe90);
     s.idtr = a.table_64(0xfe80);
@@ -202,8 +203,8 @@ fn restore_32(a: &Area, s: &mut CpuState) -> Control {
     }
     s.set_rip(a.u32(0xfff0).into());
     s.rflags = u64::from(a.u32(0xfff4)) & rflags::WRITABLE | rflags::FIXED;
-    s.dr6 = a.u32(0xffcc).into();
-    s.dr7 = a.u32(0xffc8).into();
+    s.dr6 = loaded_dr6(a.u32(0xffcc).into());
+    s.dr7 = loaded_dr7(a.u32(0xffc8).into());
     s.msr.smbase = a.u32(0xfef8).into();
     s.tr = a.segment_32(0xff5c, 0xffc4);
     s.ldtr = a.segment_32(0xff78, 0xffc0);

@@ -3,6 +3,7 @@
 use anykvm_cpu::Exit;
 use anykvm_cpu::GuestDebug;
 use anykvm_cpu::events::vector::{GP, UD};
+use anykvm_cpu::memory::MemoryMap;
 use anykvm_cpu::state::{cr4, reg, rflags};
 
 use crate::machine::*;
@@ -196,4 +197,33 @@ fn general_detect_of_a_debugger() {
     c.cpu.guest_debug.dr7 = 0x400;
     assert_eq!(next_event(&mut c), None);
     assert_eq!(c.reg(reg::RAX), 0x400 | 1 << 13);
+}
+
+/// RSM loads DR6 and DR7 with their reserved bits as they must be, whatever the state-save area holds
+/// (18.2.3, 18.2.4; APM Vol. 2, table 10-1). SMM runs without breakpoints (SDM Vol. 3, 32.5.1).
+#[test]
+fn loaded_by_rsm() {
+    const SMBASE: u64 = 0x3_0000;
+    // mov dword [area of DR7, then DR6], -1 (32-bit addresses; DS is flat); mov eax, dr7; rsm
+    let mut handler = Vec::new();
+    for at in [0xff60u32, 0xff64, 0xff68, 0xff6c] {
+        handler.extend([0x67, 0x66, 0xc7, 0x05]);
+        handler.extend((SMBASE as u32 + at).to_le_bytes());
+        handler.extend([0xff; 4]);
+    }
+    handler.extend([0x0f, 0x21, 0xf8, 0x0f, 0xaa]);
+    let mut c = machine(&[0x0f, 0x0b]);
+    let slots = c.memory.map(0).slots().to_vec();
+    c.memory.replace(1, MemoryMap::new(slots).unwrap(), None);
+    c.put(SMBASE + 0x8000, &handler);
+    let s = &mut c.cpu.state;
+    s.msr.smbase = SMBASE;
+    s.db[0] = SMBASE + 0x8000;
+    s.dr7 = dr7(EXECUTE, 1);
+    s.events.smi_pending = true;
+    // The code goes on; what is armed now watches data elsewhere.
+    let seen = next_event(&mut c);
+    assert_eq!(seen.map(|s| (s.vector, s.at)), Some((UD, 0)));
+    assert_eq!(c.cpu.state.dr6, 0xffff_efff);
+    assert_eq!(c.cpu.state.dr7, 0xffff_27ff);
 }
