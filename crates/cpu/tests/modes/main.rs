@@ -18,6 +18,7 @@ mod opcodes;
 mod prefixes;
 mod privilege;
 mod quirks;
+mod sizes;
 mod smm;
 mod task_faults;
 mod tasks;
