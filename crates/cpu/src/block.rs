@@ -34,6 +34,8 @@ pub struct Block {
     pub bytes: Box<[u8]>,
     /// Host address of the first byte.
     pub host: u64,
+    /// For a translator: how often it was interpreted, or what became of it.
+    pub heat: u32,
 }
 
 /// Where a block is in the cache.

@@ -91,6 +91,8 @@ pub struct Cpu {
     pub(crate) pauses: u32,
     /// Length of the last instruction that ended a block early.
     pub(crate) last_len: u8,
+    /// What runs hot code, if not the interpreter.
+    pub(crate) translator: Option<Box<dyn crate::translator::Translator>>,
     /// Where native assist exchanges operands with the host's registers.
     pub(crate) assist: crate::assist::Frame,
 }
@@ -144,6 +146,7 @@ impl Cpu {
             stepping: false,
             pauses: 0,
             last_len: 0,
+            translator: None,
             assist: crate::assist::Frame::default(),
         };
         cpu.update_mode();

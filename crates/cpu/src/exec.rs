@@ -1,5 +1,6 @@
 //! The run loop: requests, events, blocks.
 
+use crate::block::BlockId;
 use crate::cpu::{Counters, Cpu};
 use crate::decode::Insn;
 use crate::events::vector;
@@ -51,6 +52,8 @@ impl Cpu {
             }
             if self.must_step() {
                 self.step()?;
+            } else if self.translator.is_some() && budget == u64::MAX {
+                self.run_translated()?;
             } else {
                 self.run_block()?;
             }
@@ -216,13 +219,19 @@ impl Cpu {
     }
 
     /// Finds the block at RIP and runs it.
-    fn run_block(&mut self) -> Step {
+    pub(crate) fn run_block(&mut self) -> Step {
         let rip = self.state.rip();
         let id = match self.block_at(rip) {
             Ok(Some(id)) => id,
             Ok(None) => return self.run_crossing(rip),
             Err(stop) => return self.instruction_stopped(stop, None, rip),
         };
+        self.run_block_id(id)
+    }
+
+    /// Runs the block at RIP.
+    #[inline(always)]
+    pub(crate) fn run_block_id(&mut self, id: BlockId) -> Step {
         let Some(block) = self.blocks.get(id) else {
             return Ok(());
         };
@@ -270,7 +279,7 @@ impl Cpu {
 
     /// Executes the instruction at RIP, which is in no block because it crosses a page or the code
     /// segment's limit.
-    fn run_crossing(&mut self, rip: u64) -> Step {
+    pub(crate) fn run_crossing(&mut self, rip: u64) -> Step {
         let code = self.memory.pages().code_epoch();
         let insn = match self.blocks.take_crossing(rip, code) {
             Some(insn) => insn,

@@ -104,7 +104,7 @@ impl Cpu {
     }
 
     /// Notes that these bytes of a page are about to be read as code.
-    fn mark_code(&mut self, page: HostPage, offset: usize, len: usize) {
+    pub(crate) fn mark_code(&mut self, page: HostPage, offset: usize, len: usize) {
         if let Some(record) = self.memory.pages().get(page.0)
             && record.mark_code(offset, len)
         {
@@ -147,6 +147,7 @@ impl Cpu {
             insns: insns.into_boxed_slice(),
             bytes: bytes[..at].into(),
             host: page.0 + offset as u64,
+            heat: 0,
         }))
     }
 

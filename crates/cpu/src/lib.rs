@@ -45,6 +45,7 @@ mod syscall;
 mod tables;
 mod task;
 pub mod trace;
+pub mod translator;
 pub mod width;
 
 pub use cpu::{Cpu, GuestDebug, host_tsc};

@@ -24,26 +24,56 @@ pub const CODE_PAGE: u32 = 1 << 6;
 pub const EXITS: u32 = KICK | OWNER | PAUSE;
 
 /// The requests word of one processor.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Requests {
     bits: AtomicU32,
+    /// Not zero while `bits` is zero. Translated code looks at this one: JRCXZ tests for zero without
+    /// touching the flags. It may be zero for a moment longer than `bits` is not.
+    go: AtomicU32,
+}
+
+impl Default for Requests {
+    fn default() -> Self {
+        Self {
+            bits: AtomicU32::new(0),
+            go: AtomicU32::new(1),
+        }
+    }
 }
 
 impl Requests {
     /// Sets bits; returns those that were set before.
     #[inline]
     pub fn set(&self, bits: u32) -> u32 {
-        self.bits.fetch_or(bits, Ordering::SeqCst)
+        let before = self.bits.fetch_or(bits, Ordering::SeqCst);
+        self.go.store(0, Ordering::SeqCst);
+        before
     }
     /// Clears bits; returns those of them that were set.
     #[inline]
     pub fn take(&self, bits: u32) -> u32 {
-        self.bits.fetch_and(!bits, Ordering::SeqCst) & bits
+        let before = self.bits.fetch_and(!bits, Ordering::SeqCst);
+        // A bit set meanwhile is seen here, or its setter clears the word behind this store.
+        self.go.store(1, Ordering::SeqCst);
+        if self.bits.load(Ordering::SeqCst) != 0 {
+            self.go.store(0, Ordering::SeqCst);
+        }
+        before & bits
     }
     /// All bits now.
     #[inline(always)]
     pub fn pending(&self) -> u32 {
         self.bits.load(Ordering::Relaxed)
+    }
+    /// Makes `go` agree with the bits again, should a setter have been slow.
+    pub fn rearm(&self) {
+        if self.pending() == 0 && self.go.load(Ordering::Relaxed) == 0 {
+            self.take(0);
+        }
+    }
+    /// Zero if requests are pending.
+    pub fn go(&self) -> &AtomicU32 {
+        &self.go
     }
     /// The word itself, to sleep on as a futex.
     pub fn word(&self) -> &AtomicU32 {

@@ -9,7 +9,53 @@ use crate::requests::Requests;
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// Where to go on when an access to guest RAM in generated code faults: an instruction's address, and
+/// the address of the code that leaves it undone.
+#[derive(Debug, Default)]
+pub struct CodeMap {
+    /// What the entries' addresses are relative to.
+    base: u64,
+    /// Sorted by the first.
+    entries: Vec<(u32, u32)>,
+}
+
+impl CodeMap {
+    /// An empty map for code from `base`.
+    pub fn new(base: u64) -> Self {
+        Self {
+            base,
+            entries: Vec::new(),
+        }
+    }
+    /// Adds an access; addresses are added in ascending order, within 4 GiB behind the base.
+    pub fn push(&mut self, access: u64, resume: u64) {
+        let relative = |a: u64| a.wrapping_sub(self.base) as u32;
+        let entry = (relative(access), relative(resume));
+        debug_assert!(self.entries.last().is_none_or(|last| last.0 < entry.0));
+        self.entries.push(entry);
+    }
+    /// Forgets the accesses.
+    pub fn clear(&mut self) {
+        self.entries.clear();
+    }
+    fn find(&self, rip: u64) -> Option<u64> {
+        let offset = u32::try_from(rip.checked_sub(self.base)?).ok()?;
+        let at = self.entries.binary_search_by_key(&offset, |e| e.0).ok()?;
+        self.entries.get(at).map(|e| self.base + u64::from(e.1))
+    }
+}
+
+/// Runs `f`, in which generated code runs whose accesses are in `map`. `f` must not change the map:
+/// it is looked at in the signal handler.
+pub fn in_code<R>(map: &CodeMap, f: impl FnOnce() -> R) -> R {
+    CODE.set(map);
+    let r = f();
+    CODE.set(std::ptr::null());
+    r
+}
+
 thread_local! {
+    static CODE: Cell<*const CodeMap> = const { Cell::new(std::ptr::null()) };
     // What the handler marks; const-initialised and without a destructor, so that the handler's
     // access neither allocates nor registers anything.
     static CURRENT: Cell<*const Guard> = const { Cell::new(std::ptr::null()) };
@@ -50,6 +96,13 @@ unsafe extern "C" {
 
 /// Looks the faulting instruction up; returns where to resume. Async-signal-safe.
 pub fn handle(rip: u64) -> Option<u64> {
+    let code = CODE.get();
+    if !code.is_null() {
+        // SAFETY: `in_code` keeps the map alive and unchanged while CODE points to it.
+        if let Some(resume) = unsafe { (*code).find(rip) } {
+            return Some(resume);
+        }
+    }
     let mut entry = &raw const TABLE_START;
     let end = &raw const TABLE_END;
     while entry < end {

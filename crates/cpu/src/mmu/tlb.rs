@@ -48,11 +48,28 @@ pub enum Set {
 /// One level-1 entry.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
-pub struct Entry {
+pub(crate) struct Entry {
     read: u64,
     write: u64,
     addend: u64,
     reserved: u64,
+}
+
+/// The layout that translated code relies on.
+pub mod layout {
+    use super::{Entry, L1};
+    use std::mem::offset_of;
+
+    /// An entry's offset from the set's beginning is `(linear address >> SHIFT) & MASK`.
+    pub const SHIFT: u32 = 12 - size_of::<Entry>().trailing_zeros();
+    /// See [`SHIFT`].
+    pub const MASK: u32 = ((L1 - 1) * size_of::<Entry>()) as u32;
+    /// Offset of the read tag.
+    pub const READ: i64 = offset_of!(Entry, read) as i64;
+    /// Offset of the write tag.
+    pub const WRITE: i64 = offset_of!(Entry, write) as i64;
+    /// Offset of the addend.
+    pub const ADDEND: i64 = offset_of!(Entry, addend) as i64;
 }
 
 const EMPTY: Entry = Entry {
@@ -227,6 +244,10 @@ impl Tlb {
             tag: page_of(linear) | asn,
             page,
         };
+    }
+    /// Address of the level-1 entries that the running code's accesses use.
+    pub fn level1(&self) -> u64 {
+        self.l1[self.set as usize].as_ptr() as u64
     }
     /// The number of the current address space: part of every tag.
     pub fn asn(&self) -> u64 {

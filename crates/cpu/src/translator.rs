@@ -1,0 +1,137 @@
+//! What a translator of guest code needs of a processor.
+//!
+//! A translator runs blocks in its own way and leaves everything it does not know to the
+//! interpreter, one instruction at a time. The processor runs complete without one.
+
+use crate::block::{Block, BlockId};
+use crate::cpu::Cpu;
+use crate::decode::Insn;
+use crate::exit::Exit;
+use crate::memory::PAGE;
+use crate::memory::access::HostPage;
+use crate::mmu::tlb::layout;
+use crate::requests::Requests;
+use std::sync::Arc;
+
+/// A TLB entry's offset from [`Cpu::level1`] is `(linear address >> TLB_INDEX_SHIFT) &
+/// TLB_INDEX_MASK`.
+pub const TLB_INDEX_SHIFT: u32 = layout::SHIFT;
+/// See [`TLB_INDEX_SHIFT`].
+pub const TLB_INDEX_MASK: u32 = layout::MASK;
+/// Offset of an entry's read tag: page of the access's last byte, with [`Cpu::address_space`] in
+/// the low bits.
+pub const TLB_READ: i64 = layout::READ;
+/// Offset of an entry's write tag.
+pub const TLB_WRITE: i64 = layout::WRITE;
+/// Offset of an entry's addend: host address minus linear address.
+pub const TLB_ADDEND: i64 = layout::ADDEND;
+
+/// Runs guest code in another way than by interpreting it.
+pub trait Translator: Send {
+    /// Runs code from the processor's RIP for a while. It returns when the run loop should look
+    /// around; `Err` ends [`Cpu::run`]. Called only when no instruction has to be executed alone.
+    fn run(&mut self, cpu: &mut Cpu) -> Result<(), Exit>;
+}
+
+impl Cpu {
+    /// Gives the processor a translator, or takes it away.
+    pub fn set_translator(&mut self, translator: Option<Box<dyn Translator>>) {
+        self.translator = translator;
+    }
+
+    pub(crate) fn run_translated(&mut self) -> Result<(), Exit> {
+        let Some(mut translator) = self.translator.take() else {
+            return self.run_block();
+        };
+        let result = translator.run(self);
+        self.translator = Some(translator);
+        result
+    }
+
+    /// The decoded block at RIP, its bytes checked. If there is none that could be kept, one
+    /// instruction is executed, or its fault made pending, and the answer is `None`.
+    pub fn block_here(&mut self) -> Result<Option<BlockId>, Exit> {
+        let rip = self.state.rip();
+        match self.block_at(rip) {
+            Ok(Some(id)) => Ok(Some(id)),
+            Ok(None) => self.run_crossing(rip).map(|()| None),
+            Err(stop) => self.instruction_stopped(stop, None, rip).map(|()| None),
+        }
+    }
+
+    /// A block.
+    pub fn block(&mut self, id: BlockId) -> Option<&mut Block> {
+        self.blocks.get(id)
+    }
+
+    /// Whether these bytes are still at a host address in the page of a block that
+    /// [`Cpu::block_here`] has just found; if the page was not known to hold code there, it is now.
+    pub fn code_is(&mut self, host: u64, bytes: &[u8]) -> bool {
+        let page = HostPage(host & !(PAGE - 1));
+        let offset = (host % PAGE) as usize;
+        self.mark_code(page, offset, bytes.len());
+        page.matches(offset, bytes)
+    }
+
+    /// Interprets the block at RIP.
+    pub fn interpret_block(&mut self, id: BlockId) -> Result<(), Exit> {
+        self.run_block_id(id)
+    }
+
+    /// Interprets one instruction, which is at RIP. True if it completed and nothing keeps the next
+    /// one from being executed without a look around.
+    pub fn interpret(&mut self, insn: &Insn) -> Result<bool, Exit> {
+        let rip = self.state.rip();
+        self.leave = false;
+        self.state.set_rip(rip.wrapping_add(insn.len.into()));
+        if let Err(stop) = (insn.handler)(self, insn) {
+            return self
+                .instruction_stopped(stop, Some(insn), rip)
+                .map(|()| false);
+        }
+        self.counters.instructions += 1;
+        if self.io.has_answers() {
+            self.end_replay();
+        }
+        if self.leave {
+            self.last_len = insn.len;
+        }
+        if self.io.has_writes() {
+            self.note_writes_retired();
+            self.after_writes()?;
+        }
+        Ok(!self.leave && !self.check_events && self.requests.pending() == 0)
+    }
+
+    /// Whether the run loop is wanted before the next block.
+    pub fn wanted(&self) -> bool {
+        self.check_events || self.requests.pending() != 0
+    }
+
+    /// Mode, address space and epoch in one word: what was found at a RIP under one key need not
+    /// hold under another.
+    pub fn code_key(&self) -> u64 {
+        self.blocks.key()
+    }
+    /// Changes whenever a store has hit code.
+    pub fn code_epoch(&self) -> u64 {
+        self.memory.pages().code_epoch()
+    }
+    /// Whether what was found at a RIP may be found there again without a look at memory (paging is
+    /// on, and the code segment has no limit).
+    pub fn code_stays(&self) -> bool {
+        self.cacheable_by_rip()
+    }
+    /// Address of the level-1 TLB entries for the running code.
+    pub fn level1(&self) -> u64 {
+        self.tlb.level1()
+    }
+    /// The number of the address space: the low bits of every TLB tag.
+    pub fn address_space(&self) -> u64 {
+        self.tlb.asn()
+    }
+    /// The requests word.
+    pub fn shared_requests(&self) -> &Arc<Requests> {
+        &self.requests
+    }
+}
