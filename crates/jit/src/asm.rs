@@ -1,0 +1,132 @@
+//! Emitting host instructions: iced-x86's encoder, and the few branches that are patched by hand.
+
+use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, Register};
+
+use crate::shared::Slot;
+
+/// Host code under construction. Positions are byte offsets from its beginning.
+pub struct Asm {
+    encoder: Encoder,
+    bytes: Vec<u8>,
+}
+
+/// A 32-bit branch displacement to be filled in: the position of its four bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Hole(pub usize);
+
+/// A place in [`crate::shared::Shared`], which translated code reaches through GS.
+pub fn slot(slot: Slot) -> MemoryOperand {
+    MemoryOperand::new(
+        Register::None,
+        Register::None,
+        1,
+        slot as i64,
+        4,
+        false,
+        Register::GS,
+    )
+}
+
+/// `[base + displacement]`.
+pub fn at(base: Register, displacement: i64) -> MemoryOperand {
+    MemoryOperand::with_base_displ(base, displacement)
+}
+
+/// `[base + index * scale + displacement]`.
+pub fn indexed(base: Register, index: Register, scale: u32, displacement: i64) -> MemoryOperand {
+    MemoryOperand::with_base_index_scale_displ_size(base, index, scale, displacement, 1)
+}
+
+impl Asm {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self {
+            encoder: Encoder::new(64),
+            bytes: Vec::with_capacity(1024),
+        }
+    }
+    /// Where the next instruction will be.
+    pub fn here(&self) -> usize {
+        self.bytes.len()
+    }
+    /// What was emitted.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+    /// Appends an instruction that has no branch target and no RIP-relative operand.
+    pub fn put(&mut self, insn: &Instruction) -> Result<(), IcedError> {
+        let done = self.encoder.encode(insn, 0);
+        let mut encoded = self.encoder.take_buffer();
+        if done.is_ok() {
+            self.bytes.extend_from_slice(&encoded);
+        }
+        encoded.clear();
+        self.encoder.set_buffer(encoded);
+        done.map(|_| ())
+    }
+    fn branch(&mut self, opcode: &[u8]) -> Hole {
+        self.bytes.extend_from_slice(opcode);
+        let hole = Hole(self.here());
+        self.bytes.extend_from_slice(&[0; 4]);
+        hole
+    }
+    /// JMP, to be filled in.
+    pub fn jmp(&mut self) -> Hole {
+        self.branch(&[0xe9])
+    }
+    /// CALL, to be filled in.
+    pub fn call(&mut self) -> Hole {
+        self.branch(&[0xe8])
+    }
+    /// Jcc with the condition's number (SDM Vol. 2, appendix B, table B-10), to be filled in.
+    pub fn jcc(&mut self, condition: u8) -> Hole {
+        self.branch(&[0x0f, 0x80 | condition & 15])
+    }
+    /// JNE, to be filled in.
+    pub fn jne(&mut self) -> Hole {
+        self.jcc(5)
+    }
+    /// JRCXZ to a position at most 126 bytes behind this one.
+    pub fn jrcxz_back(&mut self, to: usize) {
+        let distance = to as i64 - (self.here() as i64 + 2);
+        self.bytes.extend_from_slice(&[0xe3, distance as i8 as u8]);
+    }
+    /// JRCXZ forward, to be filled in: the position of its byte.
+    pub fn jrcxz(&mut self) -> usize {
+        self.bytes.extend_from_slice(&[0xe3, 0]);
+        self.here() - 1
+    }
+    /// The jump at `hole` (from [`Asm::jrcxz`]) comes here.
+    pub fn land_short(&mut self, hole: usize) {
+        self.bytes[hole] = (self.here() - hole - 1) as u8;
+    }
+    /// The branch at `hole` goes to `to`.
+    pub fn fill(&mut self, hole: Hole, to: usize) {
+        let distance = (to as i64 - hole.0 as i64 - 4) as i32;
+        self.bytes[hole.0..hole.0 + 4].copy_from_slice(&distance.to_le_bytes());
+    }
+    /// The branch at `hole` comes here.
+    pub fn land(&mut self, hole: Hole) {
+        self.fill(hole, self.here());
+    }
+    /// MOV between 64-bit registers.
+    pub fn mov(&mut self, to: Register, from: Register) -> Result<(), IcedError> {
+        self.put(&Instruction::with2(Code::Mov_r64_rm64, to, from)?)
+    }
+    /// Loads 64 bits.
+    pub fn load(&mut self, to: Register, from: MemoryOperand) -> Result<(), IcedError> {
+        self.put(&Instruction::with2(Code::Mov_r64_rm64, to, from)?)
+    }
+    /// Stores 64 bits.
+    pub fn store(&mut self, to: MemoryOperand, from: Register) -> Result<(), IcedError> {
+        self.put(&Instruction::with2(Code::Mov_rm64_r64, to, from)?)
+    }
+    /// LEA, 64 bits.
+    pub fn lea(&mut self, to: Register, from: MemoryOperand) -> Result<(), IcedError> {
+        self.put(&Instruction::with2(Code::Lea_r64_m, to, from)?)
+    }
+    /// Stores a 32-bit immediate in 32 bits.
+    pub fn store_u32(&mut self, to: MemoryOperand, value: u32) -> Result<(), IcedError> {
+        self.put(&Instruction::with2(Code::Mov_rm32_imm32, to, value)?)
+    }
+}

@@ -1,0 +1,109 @@
+//! The memory translations are in: one memfd mapped twice, once writable and once executable, so
+//! that no page is ever both. It is mapped whole when it is created, because a VMM's seccomp filter
+//! may later forbid executable mappings on processor threads; pages are only taken when code fills
+//! them.
+
+use std::ffi::c_void;
+use std::io;
+use std::ptr;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// Code starts on cache lines.
+const LINE: usize = 64;
+
+/// The two mappings.
+#[derive(Debug)]
+pub struct Cache {
+    write: *mut c_void,
+    exec: *mut c_void,
+    size: usize,
+    used: usize,
+    /// Bytes in use that [`Cache::clear`] keeps.
+    kept: usize,
+}
+
+// SAFETY: the mappings belong to this value alone and are unmapped when it is dropped.
+unsafe impl Send for Cache {}
+
+impl Cache {
+    /// Maps an empty cache of `size` bytes.
+    pub fn new(size: usize) -> io::Result<Self> {
+        let name = "anykvm-code";
+        let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| memfd_create(name, MemfdFlags::CLOEXEC))?;
+        ftruncate(&fd, size as u64)?;
+        let map = |prot| {
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            unsafe { mmap(ptr::null_mut(), size, prot, MapFlags::SHARED, &fd, 0) }
+        };
+        let write = map(ProtFlags::READ | ProtFlags::WRITE)?;
+        let exec = map(ProtFlags::READ | ProtFlags::EXEC).inspect_err(|_| {
+            // SAFETY: just mapped, not used yet.
+            let _ = unsafe { munmap(write, size) };
+        })?;
+        Ok(Self {
+            write,
+            exec,
+            size,
+            used: 0,
+            kept: 0,
+        })
+    }
+    /// Where the next code will be.
+    pub fn next(&self) -> u64 {
+        self.exec as u64 + self.used as u64
+    }
+    /// The end of the memory for code.
+    pub fn end(&self) -> u64 {
+        self.exec as u64 + self.size as u64
+    }
+    /// Copies code in, at [`Cache::next`]; `None` when it is full.
+    pub fn add(&mut self, code: &[u8]) -> Option<u64> {
+        let room = code.len().next_multiple_of(LINE);
+        let end = self.used.checked_add(room).filter(|e| *e <= self.size)?;
+        let at = self.used;
+        // SAFETY: `at..end` lies inside the mapping, and only this value writes to it.
+        unsafe {
+            ptr::copy_nonoverlapping(code.as_ptr(), self.write.cast::<u8>().add(at), code.len());
+        }
+        self.used = end;
+        Some(self.exec as u64 + at as u64)
+    }
+    /// What is there now survives [`Cache::clear`].
+    pub fn keep(&mut self) {
+        self.kept = self.used;
+    }
+    /// Forgets all code but what is kept.
+    pub fn clear(&mut self) {
+        self.used = self.kept;
+    }
+    /// Writes a branch displacement at an executable address. False if it is not in the cache.
+    pub fn patch(&mut self, at: u64, displacement: i32) -> bool {
+        let offset = at.wrapping_sub(self.exec as u64) as usize;
+        if offset.checked_add(4).is_none_or(|end| end > self.used) {
+            return false;
+        }
+        // SAFETY: inside the mapping, as just checked. The processor that executes this code is the one
+        // that runs this function.
+        unsafe {
+            self.write
+                .cast::<u8>()
+                .add(offset)
+                .cast::<i32>()
+                .write_unaligned(displacement);
+        }
+        true
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        // SAFETY: both mappings are this value's own, and nothing runs in them any more.
+        unsafe {
+            let _ = munmap(self.write, self.size);
+            let _ = munmap(self.exec, self.size);
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! Translates hot guest code to host code.
+//!
+//! Guest and host have the same instruction set, so a translation is mostly the guest's own
+//! instructions with their registers renamed ([`regs`]) and their memory operands led through the
+//! software TLB ([`memory`]). What is rare or difficult is left to the interpreter before it has had
+//! any effect: a translation can be left in front of every instruction and entered again behind it
+//! ([`translate`]).
+//!
+//! [`Jit`] keeps the translations of one processor: when a block becomes hot, how blocks are linked,
+//! and when translations are dropped.
+
+mod asm;
+mod branch;
+mod cache;
+mod divide;
+mod flags;
+mod memory;
+mod plan;
+pub mod regs;
+mod shared;
+mod simple;
+mod stack;
+mod stubs;
+mod table;
+pub mod translate;
+mod vectors;
+
+use std::io;
+use std::sync::Arc;
+
+use anykvm_cpu::memory::fault::{self, CodeMap};
+use anykvm_cpu::state::{rflags, seg};
+use anykvm_cpu::translator::Translator;
+use anykvm_cpu::{Cpu, Exit, Insn};
+
+use cache::Cache;
+use shared::Shared;
+use table::{Table, Translated};
+use translate::Wish;
+use vectors::Level;
+
+/// How a [`Jit`] works.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Bytes of the code cache.
+    pub cache: usize,
+    /// How often a block is interpreted before it is translated.
+    pub threshold: u32,
+    /// Count the instructions that translated code executes.
+    pub count: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            cache: 64 << 20,
+            threshold: 16,
+            count: false,
+        }
+    }
+}
+
+/// Counters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Blocks translated.
+    pub translated: u64,
+    /// Blocks dropped because their bytes changed.
+    pub dropped: u64,
+    /// Times the code cache was full and emptied.
+    pub flushes: u64,
+    /// Times translated code was entered.
+    pub entries: u64,
+    /// Instructions left to the interpreter.
+    pub interpreted: u64,
+}
+
+/// The translator of one processor.
+pub struct Jit {
+    options: Options,
+    cache: Cache,
+    shared: Box<Shared>,
+    /// `extern "sysv64" fn(entry, *mut Shared)`.
+    enter: u64,
+    leave: u64,
+    loaders: [u64; 4],
+    table: Table,
+    accesses: CodeMap,
+    keys: Keys,
+    /// The exit whose branch may be led to the block that runs next.
+    pending: Option<u32>,
+    /// Counters.
+    pub stats: Stats,
+}
+
+// SAFETY: the raw pointers in `Shared` are set before each entry and used only during it.
+unsafe impl Send for Jit {}
+
+/// Keys of the jump cache. A key is even and not 0, in the upper 16 bits; canonical RIPs have those
+/// bits all equal, so no sum of one with a key equals another such sum or 0.
+#[derive(Debug, Default)]
+struct Keys {
+    known: std::collections::HashMap<(u64, u64), u64>,
+    last: u64,
+    current: ((u64, u64), u64),
+}
+
+const KEY_STEP: u64 = 2 << 48;
+const LAST_KEY: u64 = 0xfffc << 48;
+
+/// The host lacks what translated code needs.
+fn supported() -> bool {
+    // Bit 1 of AT_HWCAP2: FSGSBASE instructions may be used.
+    rustix::param::linux_hwcap().1 & 2 != 0
+}
+
+impl Jit {
+    /// A translator with an empty cache. Fails where the system forbids executable mappings, or
+    /// lacks FSGSBASE.
+    pub fn new(options: Options) -> io::Result<Self> {
+        if !supported() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the host does not allow WRGSBASE",
+            ));
+        }
+        let mut cache = Cache::new(options.cache)?;
+        let stubs = stubs::stubs().map_err(io::Error::other)?;
+        let base = cache
+            .add(&stubs.bytes)
+            .ok_or_else(|| io::Error::other("the code cache is too small"))?;
+        cache.keep();
+        let accesses = CodeMap::new(base);
+        Ok(Self {
+            options,
+            cache,
+            shared: Shared::new(),
+            enter: base + stubs.enter as u64,
+            leave: base + stubs.leave as u64,
+            loaders: stubs.loaders.map(|at| base + at as u64),
+            table: Table::default(),
+            accesses,
+            keys: Keys::default(),
+            pending: None,
+            stats: Stats::default(),
+        })
+    }
+
+    /// The jump cache's key for the processor's mode, address space and epoch.
+    fn key(&mut self, cpu: &Cpu) -> u64 {
+        let now = (cpu.code_key(), cpu.code_epoch());
+        if self.keys.current.0 == now && self.keys.current.1 != 0 {
+            return self.keys.current.1;
+        }
+        let key = match self.keys.known.get(&now) {
+            Some(key) => *key,
+            None => self.new_key(now),
+        };
+        self.keys.current = (now, key);
+        key
+    }
+
+    fn new_key(&mut self, now: (u64, u64)) -> u64 {
+        if self.keys.last >= LAST_KEY {
+            self.forget_keys();
+            self.shared.forget_jumps();
+            self.keys.last = 0;
+        }
+        self.keys.last += KEY_STEP;
+        self.keys.known.insert(now, self.keys.last);
+        self.keys.last
+    }
+
+    /// Nothing that is in the jump cache is found again.
+    fn forget_keys(&mut self) {
+        self.keys.known.clear();
+        self.keys.current.1 = 0;
+    }
+
+    /// The translation of a block, made if it is hot.
+    fn translation(&mut self, cpu: &mut Cpu, id: anykvm_cpu::block::BlockId) -> Option<u32> {
+        let mode = cpu.mode();
+        let threshold = self.options.threshold;
+        let block = cpu.block(id)?;
+        let place = (block.host, mode.bits_packed());
+        if let Some(n) = self.table.find(place, &block.bytes) {
+            return Some(n);
+        }
+        block.heat = block.heat.saturating_add(1);
+        if block.heat < threshold {
+            return None;
+        }
+        let insns: Arc<[Insn]> = block.insns.iter().cloned().collect();
+        let bytes = block.bytes.clone();
+        self.make(place, insns, bytes)
+    }
+
+    fn make(&mut self, place: (u64, u32), insns: Arc<[Insn]>, bytes: Box<[u8]>) -> Option<u32> {
+        let start = place.0 % 4096;
+        let first = self.table.next_exit();
+        let mut t = translate::translate(&insns, start, first, self.options.count).ok()?;
+        if self.cache.next() + t.bytes.len() as u64 > self.cache.end() {
+            self.flush();
+            return None;
+        }
+        let base = self.cache.next();
+        t.connect(base, self.leave, &self.loaders);
+        let base = self.cache.add(&t.bytes)?;
+        for (access, resume) in &t.accesses {
+            self.accesses
+                .push(base + *access as u64, base + *resume as u64);
+        }
+        self.stats.translated += 1;
+        Some(self.table.insert(
+            place,
+            Translated {
+                outer: base + t.outer as u64,
+                inner: base + t.inner as u64,
+                insns,
+                bytes,
+                level: t.level,
+                host: place.0,
+                incoming: Vec::new(),
+            },
+            &t.exits,
+            base,
+        ))
+    }
+
+    /// Forgets all translations.
+    fn flush(&mut self) {
+        self.table = Table::default();
+        self.accesses.clear();
+        self.cache.clear();
+        self.pending = None;
+        self.forget_keys();
+        self.stats.flushes += 1;
+    }
+
+    /// Checks all translations of a page against memory, if they have not been since something may
+    /// have changed them unnoticed.
+    fn check_page(&mut self, cpu: &mut Cpu, host: u64) {
+        let now = (cpu.code_key(), cpu.code_epoch());
+        if !self.table.page_needs_check(host, now) {
+            return;
+        }
+        let changed = self
+            .table
+            .changed(host, |host, bytes| cpu.code_is(host, bytes));
+        if changed.is_empty() {
+            return;
+        }
+        self.stats.dropped += changed.len() as u64;
+        self.pending = None;
+        self.forget_keys();
+        for n in changed {
+            for (hole, to) in self.table.remove(n) {
+                self.redirect(hole, to);
+            }
+        }
+    }
+
+    /// The branch displacement at `hole` leads to `to`.
+    fn redirect(&mut self, hole: u64, to: u64) {
+        let displacement = to.wrapping_sub(hole + 4) as i32;
+        self.cache.patch(hole, displacement);
+    }
+
+    /// Leads the branch that was left last to this translation, if it is where it goes.
+    fn link(&mut self, n: u32) {
+        if let Some(exit) = self.pending.take()
+            && let Some((hole, to)) = self.table.link(exit, n)
+        {
+            self.redirect(hole, to);
+        }
+    }
+
+    /// Runs translated code from an entry point that expects these vector registers to be loaded. False if
+    /// it must not use them.
+    fn enter(&mut self, cpu: &mut Cpu, entry: u64, key: u64, level: Level) -> bool {
+        let s = &mut *self.shared;
+        let available = Level::available(&cpu.state);
+        if level > available {
+            return false;
+        }
+        s.allow = [Level::Sse, Level::Avx, Level::Avx512].map(|l| u64::from(l <= available));
+        s.load = self.loaders[level as usize];
+        let f = cpu.state.rflags;
+        s.rip = cpu.state.rip();
+        s.flags = (f & 0xd5) << 8 | f >> 11 & 1;
+        s.asn = cpu.address_space();
+        s.fs_base = cpu.state.seg[usize::from(seg::FS)].base;
+        s.gs_base = cpu.state.seg[usize::from(seg::GS)].base;
+        s.level1 = cpu.level1();
+        s.go = std::ptr::from_ref(cpu.shared_requests().go());
+        s.key = key;
+        s.state = &raw mut cpu.state;
+        // SAFETY: `enter` is the function `stubs` generated. It and the translation behind `entry` reach
+        // the state, the requests word and the TLB, which belong to `cpu` and outlive the call; this
+        // area; and guest RAM through TLB entries of the map the processor holds.
+        fault::in_code(&self.accesses, || unsafe {
+            let enter: unsafe extern "sysv64" fn(u64, *mut Shared) =
+                std::mem::transmute(self.enter as *const u8);
+            enter(entry, s);
+        });
+        cpu.state.set_rip(s.rip);
+        cpu.state.rflags = f & !rflags::STATUS | s.flags >> 8 & 0xd5 | (s.flags & 1) << 11;
+        self.stats.entries += 1;
+        true
+    }
+}
+
+impl Translator for Jit {
+    fn run(&mut self, cpu: &mut Cpu) -> Result<(), Exit> {
+        let Some(id) = cpu.block_here()? else {
+            self.pending = None;
+            return Ok(());
+        };
+        if !cpu.code_stays() || !cpu.mode().code64() {
+            self.pending = None;
+            return cpu.interpret_block(id);
+        }
+        if let Some(host) = cpu.block(id).map(|b| b.host) {
+            self.check_page(cpu, host);
+        }
+        let Some(n) = self.translation(cpu, id) else {
+            self.pending = None;
+            return cpu.interpret_block(id);
+        };
+        self.link(n);
+        cpu.shared_requests().rearm();
+        let key = self.key(cpu);
+        let rip = cpu.state.rip();
+        let Some(t) = self.table.get(n) else {
+            return Ok(());
+        };
+        let mut entry = t.outer;
+        // Outer entries load what they need; places to resume expect what the block needs.
+        let mut level = Level::None;
+        // With 57-bit addresses the upper bits are not free for the key.
+        if (rip as i64) << 16 >> 16 == rip as i64 {
+            *self.shared.jump_mut(rip) = shared::Jump {
+                negated: rip.wrapping_add(key).wrapping_neg(),
+                code: entry,
+            };
+        }
+        loop {
+            if !self.enter(cpu, entry, key, level) {
+                return Ok(());
+            }
+            cpu.counters.instructions += std::mem::take(&mut self.shared.instructions);
+            let number = self.shared.exit as u32;
+            let Some((insns, needs, wish)) = self.table.exit(number) else {
+                return Ok(());
+            };
+            match wish {
+                Wish::Request => return Ok(()),
+                Wish::Block => {
+                    self.pending = None;
+                    return match cpu.block_here()? {
+                        Some(id) => cpu.interpret_block(id),
+                        None => Ok(()),
+                    };
+                }
+                Wish::Link { .. } => {
+                    self.pending = Some(number);
+                    return Ok(());
+                }
+                Wish::Interpret { insn, resume } => {
+                    let Some(insn) = insns.get(insn) else {
+                        return Ok(());
+                    };
+                    self.stats.interpreted += 1;
+                    match (cpu.interpret(insn)?, resume) {
+                        (true, Some(at)) => {
+                            entry = at as u64;
+                            level = needs;
+                        }
+                        _ => return Ok(()),
+                    }
+                }
+            }
+        }
+    }
+}

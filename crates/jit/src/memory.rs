@@ -1,0 +1,268 @@
+//! Guest memory operands: the check against the TLB, and the operand of the host instruction.
+//!
+//! [`check`] leaves the TLB entry's addend (host address minus linear address) in RCX; [`operand`]
+//! then adds the linear address again, without touching the flags.
+
+use anykvm_cpu::Insn;
+use anykvm_cpu::decode::SEG_CHECKED;
+use anykvm_cpu::state::{reg, seg};
+use anykvm_cpu::translator::{TLB_ADDEND, TLB_INDEX_MASK, TLB_INDEX_SHIFT, TLB_READ, TLB_WRITE};
+use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
+
+use crate::asm::{Asm, Hole, at, indexed, slot};
+use crate::regs::{Home, POINTER, SCRATCH, home};
+use crate::shared::Slot;
+
+/// The address of a guest operand.
+#[derive(Clone, Copy, Debug)]
+pub struct Address {
+    base: Part,
+    index: Part,
+    scale: u32,
+    displacement: i64,
+    /// The effective address has 32 bits.
+    narrow: bool,
+    segment: Option<Slot>,
+}
+
+/// A register of an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    None,
+    Host(Register),
+    Memory(Slot),
+}
+
+fn part(code: u8) -> Part {
+    match code {
+        reg::ZERO => Part::None,
+        n => match home(n.into()) {
+            Home::Host(r) => Part::Host(r),
+            Home::Spilled(s) => Part::Memory(s),
+        },
+    }
+}
+
+impl Address {
+    /// The address of an instruction's memory operand; `None` if it is of a kind that is left to
+    /// the interpreter. `next` is the offset behind the instruction in its page.
+    pub fn of(insn: &Insn, next: i64) -> Option<Self> {
+        let segment = match insn.seg {
+            n if n & SEG_CHECKED != 0 => return None,
+            seg::FS => Some(Slot::FsBase),
+            seg::GS => Some(Slot::GsBase),
+            _ => None,
+        };
+        let narrow = match insn.addr_mask {
+            u64::MAX => false,
+            0xffff_ffff => true,
+            _ => return None,
+        };
+        let mut displacement = insn.disp as i64;
+        let base = if insn.base == reg::RIP {
+            if narrow {
+                return None;
+            }
+            displacement += next;
+            Part::Memory(Slot::Page)
+        } else {
+            part(insn.base)
+        };
+        let fits = i32::try_from(displacement).is_ok_and(|d| d < i32::MAX - 64);
+        if !fits {
+            return None;
+        }
+        Some(Self {
+            base,
+            index: part(insn.index),
+            scale: 1 << insn.scale,
+            displacement,
+            narrow,
+            segment,
+        })
+    }
+
+    /// `[register + displacement]`, for stack operations. The register is a host's.
+    pub fn stack(register: Register, displacement: i64) -> Self {
+        Self {
+            base: Part::Host(register),
+            index: Part::None,
+            scale: 1,
+            displacement,
+            narrow: false,
+            segment: None,
+        }
+    }
+
+    /// Puts the linear address plus `plus` into a register. Destroys flags only with a segment or two
+    /// parts in memory.
+    fn compute(&self, a: &mut Asm, to: Register, plus: i64) -> Result<(), IcedError> {
+        let d = self.displacement + if self.narrow { 0 } else { plus };
+        let lea = |a: &mut Asm, to: Register, m: MemoryOperand| {
+            let (code, to) = if self.narrow {
+                (Code::Lea_r32_m, Register::EAX + to.number() as u32)
+            } else {
+                (Code::Lea_r64_m, to)
+            };
+            a.put(&Instruction::with2(code, to, m)?)
+        };
+        let s = self.scale;
+        match (self.base, self.index) {
+            (Part::None, Part::None) => {
+                a.put(&Instruction::with2(Code::Mov_rm64_imm32, to, d as i32)?)?;
+                if self.narrow {
+                    lea(a, to, at(to, 0))?;
+                }
+            }
+            (Part::Host(b), Part::None) => lea(a, to, at(b, d))?,
+            (Part::Memory(b), Part::None) => {
+                a.load(to, slot(b))?;
+                if d != 0 || self.narrow {
+                    lea(a, to, at(to, d))?;
+                }
+            }
+            (Part::None, Part::Host(i)) => lea(a, to, indexed(Register::None, i, s, d))?,
+            (Part::None, Part::Memory(i)) => {
+                a.load(to, slot(i))?;
+                lea(a, to, indexed(Register::None, to, s, d))?;
+            }
+            (Part::Host(b), Part::Host(i)) => lea(a, to, indexed(b, i, s, d))?,
+            (Part::Host(b), Part::Memory(i)) => {
+                a.load(to, slot(i))?;
+                lea(a, to, indexed(b, to, s, d))?;
+            }
+            (Part::Memory(b), Part::Host(i)) => {
+                a.load(to, slot(b))?;
+                lea(a, to, indexed(to, i, s, d))?;
+            }
+            (Part::Memory(b), Part::Memory(i)) => {
+                a.load(to, slot(i))?;
+                a.lea(to, indexed(Register::None, to, s, d))?;
+                a.put(&Instruction::with2(Code::Add_r64_rm64, to, slot(b))?)?;
+                if self.narrow {
+                    lea(a, to, at(to, 0))?;
+                }
+            }
+        }
+        if let Some(base) = self.segment {
+            a.put(&Instruction::with2(Code::Add_r64_rm64, to, slot(base))?)?;
+        }
+        if self.narrow && plus != 0 {
+            a.lea(to, at(to, plus))?;
+        }
+        Ok(())
+    }
+}
+
+/// What an access does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Loads.
+    Read,
+    /// Stores, perhaps after loading.
+    Write,
+    /// Loads and stores in one atomic operation.
+    Atomic,
+}
+
+/// Emits the TLB check of an access of `size` bytes, which is a multiple of its size if `aligned`. Destroys the flags, RCX and R15; leaves the
+/// addend in RCX. Returns the branches to be taken on a miss.
+pub fn check(
+    a: &mut Asm,
+    address: &Address,
+    size: usize,
+    usage: Use,
+    aligned: bool,
+) -> Result<Vec<Hole>, IcedError> {
+    let mut misses = Vec::with_capacity(2);
+    address.compute(a, SCRATCH, 0)?;
+    if aligned && size > 1 {
+        a.put(&Instruction::with2(
+            Code::Test_rm8_imm8,
+            Register::R15L,
+            size as u32 - 1,
+        )?)?;
+        misses.push(a.jne());
+    }
+    a.put(&Instruction::with2(
+        Code::Shr_rm64_imm8,
+        SCRATCH,
+        TLB_INDEX_SHIFT,
+    )?)?;
+    a.put(&Instruction::with2(
+        Code::And_rm32_imm32,
+        Register::R15D,
+        TLB_INDEX_MASK,
+    )?)?;
+    a.put(&Instruction::with2(
+        Code::Add_r64_rm64,
+        SCRATCH,
+        slot(Slot::Level1),
+    )?)?;
+    address.compute(a, POINTER, size as i64 - 1)?;
+    a.put(&Instruction::with2(
+        Code::And_rm64_imm32,
+        POINTER,
+        -4096i32,
+    )?)?;
+    a.put(&Instruction::with2(
+        Code::Or_r64_rm64,
+        POINTER,
+        slot(Slot::Asn),
+    )?)?;
+    let tag = if usage == Use::Read {
+        TLB_READ
+    } else {
+        TLB_WRITE
+    };
+    a.put(&Instruction::with2(
+        Code::Cmp_r64_rm64,
+        POINTER,
+        at(SCRATCH, tag),
+    )?)?;
+    misses.push(a.jne());
+    a.load(POINTER, at(SCRATCH, TLB_ADDEND))?;
+    Ok(misses)
+}
+
+/// Emits what makes the host address from the addend in RCX, and returns the operand to use.
+/// Leaves the flags alone. `whole`: the operand uses no register but RCX, so that R15 is free, and
+/// needs no REX prefix.
+pub fn operand(a: &mut Asm, address: &Address, whole: bool) -> Result<MemoryOperand, IcedError> {
+    if let (Part::Host(b), Part::None, false, None) =
+        (address.base, address.index, address.narrow, address.segment)
+    {
+        if whole {
+            a.lea(POINTER, indexed(POINTER, b, 1, address.displacement))?;
+            return Ok(at(POINTER, 0));
+        }
+        return Ok(indexed(POINTER, b, 1, address.displacement));
+    }
+    // Pieces that would need an addition are moved into the pointer one by one.
+    let mut rest = *address;
+    if let Some(base) = rest.segment.take() {
+        a.load(SCRATCH, slot(base))?;
+        a.lea(POINTER, indexed(POINTER, SCRATCH, 1, 0))?;
+    }
+    if let (Part::Memory(_), Part::Memory(i), false) = (rest.base, rest.index, rest.narrow) {
+        a.load(SCRATCH, slot(i))?;
+        a.lea(POINTER, indexed(POINTER, SCRATCH, rest.scale, 0))?;
+        rest.index = Part::None;
+    }
+    rest.compute(a, SCRATCH, 0)?;
+    if whole {
+        a.lea(POINTER, indexed(POINTER, SCRATCH, 1, 0))?;
+        Ok(at(POINTER, 0))
+    } else {
+        Ok(indexed(POINTER, SCRATCH, 1, 0))
+    }
+}
+
+impl Address {
+    /// Whether [`operand`] can do without touching the flags.
+    pub fn is_plain(&self) -> bool {
+        !(self.narrow
+            && matches!(self.base, Part::Memory(_))
+            && matches!(self.index, Part::Memory(_)))
+    }
+}

@@ -1,0 +1,149 @@
+//! What translated code and the translator share, one a processor. While translated code runs, the
+//! host's GS base points here.
+
+use std::sync::atomic::AtomicU32;
+
+use anykvm_cpu::state::CpuState;
+
+/// Entries of the jump cache: one for each value of RIP's low 16 bits, which need no shift to take.
+pub const JUMPS: usize = 1 << 16;
+
+/// One entry of the jump cache: good if `negated + RIP + key == 0`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Jump {
+    /// Two's complement of RIP plus the key.
+    pub negated: u64,
+    /// Entry point of the translation; it expects RIP in R15.
+    pub code: u64,
+}
+
+/// Fields in front of the jump cache; [`Slot`] has their offsets.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub struct Shared {
+    /// Guest R10, R11 and R15.
+    pub spilled: [u64; 3],
+    /// RIP, when translated code is entered or left.
+    pub rip: u64,
+    /// The page of RIP: translations are made for a host page and may run at several addresses.
+    pub page: u64,
+    /// The status flags when translated code is entered or left: AH as LAHF makes it, AL is OF.
+    pub flags: u64,
+    /// The same inside a block, where a memory check would destroy them.
+    pub kept_flags: u64,
+    /// RAX, while LAHF or SAHF needs it.
+    pub rax: u64,
+    /// An operand of the last flag-setting instruction, to carry it out again.
+    pub operand: u64,
+    /// A branch's target.
+    pub target: u64,
+    /// The target's entry point.
+    pub entry: u64,
+    /// Number of the exit taken.
+    pub exit: u64,
+    /// Address-space number: low bits of every TLB tag.
+    pub asn: u64,
+    /// Bases of the guest's FS and GS.
+    pub fs_base: u64,
+    /// See `fs_base`.
+    pub gs_base: u64,
+    /// Level-1 entries of the TLB for the running code's privilege.
+    pub level1: u64,
+    /// The processor's state.
+    pub state: *mut CpuState,
+    /// Zero when the processor is wanted in the run loop.
+    pub go: *const AtomicU32,
+    /// Added to RIP in the jump cache's tags: mode, address space and epoch.
+    pub key: u64,
+    /// Instructions executed by translated code.
+    pub instructions: u64,
+    /// Not zero while the XMM, YMM and AVX-512 registers are in the host's.
+    pub live: [u64; 3],
+    /// Not zero if translated code may use them.
+    pub allow: [u64; 3],
+    /// The host's MXCSR, while the guest's is in force.
+    pub host_mxcsr: u64,
+    /// The function that loads the vector registers the entry point expects, or one that does nothing.
+    pub load: u64,
+    /// The jump cache.
+    pub jumps: [Jump; JUMPS],
+}
+
+/// Offsets in [`Shared`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i64)]
+#[allow(missing_docs)]
+pub enum Slot {
+    Spilled0 = 0,
+    Spilled1 = 8,
+    Spilled2 = 16,
+    Rip = 24,
+    Page = 32,
+    Flags = 40,
+    KeptFlags = 48,
+    Rax = 56,
+    Operand = 64,
+    Target = 72,
+    Entry = 80,
+    Exit = 88,
+    Asn = 96,
+    FsBase = 104,
+    GsBase = 112,
+    Level1 = 120,
+    State = 128,
+    Go = 136,
+    Key = 144,
+    Instructions = 152,
+    LiveSse = 160,
+    LiveAvx = 168,
+    LiveAvx512 = 176,
+    AllowSse = 184,
+    AllowAvx = 192,
+    AllowAvx512 = 200,
+    HostMxcsr = 208,
+    Load = 216,
+    Jumps = 224,
+    JumpCode = 232,
+}
+
+const _: () = {
+    use std::mem::offset_of;
+    assert!(offset_of!(Shared, page) == Slot::Page as usize);
+    assert!(offset_of!(Shared, operand) == Slot::Operand as usize);
+    assert!(offset_of!(Shared, exit) == Slot::Exit as usize);
+    assert!(offset_of!(Shared, level1) == Slot::Level1 as usize);
+    assert!(offset_of!(Shared, instructions) == Slot::Instructions as usize);
+    assert!(offset_of!(Shared, live) == Slot::LiveSse as usize);
+    assert!(offset_of!(Shared, load) == Slot::Load as usize);
+    assert!(offset_of!(Shared, jumps) == Slot::Jumps as usize);
+    assert!(offset_of!(Jump, code) == 8);
+};
+
+impl Shared {
+    /// A zeroed area. A zero tag matches nothing, because keys are even and not 0 (see
+    /// [`crate::Jit`]).
+    pub fn new() -> Box<Self> {
+        // SAFETY: all fields are integers and raw pointers, for which zero is a value; the layout is
+        // the type's own.
+        unsafe {
+            let layout = std::alloc::Layout::new::<Self>();
+            let p = std::alloc::alloc_zeroed(layout).cast::<Self>();
+            if p.is_null() {
+                std::alloc::handle_alloc_error(layout);
+            }
+            Box::from_raw(p)
+        }
+    }
+    /// The entry for a RIP.
+    pub fn jump_mut(&mut self, rip: u64) -> &mut Jump {
+        &mut self.jumps[(rip & (JUMPS as u64 - 1)) as usize]
+    }
+    /// Empties the jump cache.
+    pub fn forget_jumps(&mut self) {
+        self.jumps.fill(Jump {
+            negated: 0,
+            code: 0,
+        });
+    }
+}

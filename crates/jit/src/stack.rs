@@ -1,0 +1,95 @@
+//! PUSH, POP and LEAVE of 64-bit code.
+
+use anykvm_cpu::Insn;
+use iced_x86::{Code, IcedError, Instruction, Register};
+
+use crate::asm::{at, indexed, slot};
+use crate::memory::{self, Address, Use};
+use crate::regs::{GUEST_RSP, Home, POINTER, SCRATCH, bit, home};
+use crate::translate::{Block, Done, Site};
+
+/// Emits PUSH.
+pub(crate) fn push(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
+    use Code as C;
+    let raw = &insn.raw;
+    let immediate = match raw.code() {
+        C::Push_r64 => None,
+        C::Pushq_imm8 | C::Pushq_imm32 => Some(insn.imm as i32),
+        _ => return Ok(Done::Unsupported),
+    };
+    let address = Address::stack(GUEST_RSP, -8);
+    b.flags.release(&mut b.a)?;
+    let misses = memory::check(&mut b.a, &address, 8, Use::Write, false)?;
+    let exit = b.leave_from(misses, site);
+    let to = memory::operand(&mut b.a, &address, false)?;
+    let from = match home(raw.op0_register().number()) {
+        Home::Host(r) => r,
+        Home::Spilled(s) => {
+            if immediate.is_none() {
+                b.a.load(SCRATCH, slot(s))?;
+            }
+            SCRATCH
+        }
+    };
+    b.access(exit);
+    match immediate {
+        Some(v) => b.a.put(&Instruction::with2(C::Mov_rm64_imm32, to, v)?)?,
+        None => b.a.store(to, from)?,
+    }
+    b.flags.before_write(&mut b.a, bit(GUEST_RSP))?;
+    b.a.lea(GUEST_RSP, at(GUEST_RSP, -8))?;
+    b.resume_here(exit);
+    Ok(Done::Next)
+}
+
+/// Emits POP.
+pub(crate) fn pop(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
+    let raw = &insn.raw;
+    if raw.code() != Code::Pop_r64 {
+        return Ok(Done::Unsupported);
+    }
+    let rsp = GUEST_RSP;
+    let address = Address::stack(rsp, 0);
+    b.flags.release(&mut b.a)?;
+    let misses = memory::check(&mut b.a, &address, 8, Use::Read, false)?;
+    let exit = b.leave_from(misses, site);
+    let target = home(raw.op0_register().number());
+    let written = match target {
+        Home::Host(r) => bit(r) | bit(rsp),
+        Home::Spilled(_) => bit(rsp),
+    };
+    b.flags.before_write(&mut b.a, written)?;
+    let from = memory::operand(&mut b.a, &address, false)?;
+    b.access(exit);
+    match target {
+        Home::Host(r) => b.a.load(r, from)?,
+        Home::Spilled(s) => {
+            b.a.load(SCRATCH, from)?;
+            b.a.store(slot(s), SCRATCH)?;
+        }
+    }
+    if target != Home::Host(rsp) {
+        b.a.lea(rsp, at(rsp, 8))?;
+    }
+    b.resume_here(exit);
+    Ok(Done::Next)
+}
+
+/// Emits LEAVE.
+pub(crate) fn leave(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
+    if insn.raw.code() != Code::Leaveq {
+        return Ok(Done::Unsupported);
+    }
+    let (rsp, rbp) = (GUEST_RSP, Register::RBP);
+    let address = Address::stack(rbp, 0);
+    b.flags.release(&mut b.a)?;
+    let misses = memory::check(&mut b.a, &address, 8, Use::Read, false)?;
+    let exit = b.leave_from(misses, site);
+    b.flags.before_write(&mut b.a, bit(rsp) | bit(rbp))?;
+    b.access(exit);
+    b.a.load(SCRATCH, indexed(POINTER, rbp, 1, 0))?;
+    b.a.lea(rsp, at(rbp, 8))?;
+    b.a.mov(rbp, SCRATCH)?;
+    b.resume_here(exit);
+    Ok(Done::Next)
+}

@@ -1,0 +1,369 @@
+//! From a block of guest instructions to host code.
+//!
+//! Every instruction boundary is precise: registers are in their homes, memory is as the guest
+//! left it, and the flags are in the host's flags or can be put there. So an instruction that
+//! cannot go on (a TLB miss, a device, anything rare) leaves the block in front of itself, the
+//! interpreter carries it out, and the block is entered again behind it.
+
+use anykvm_cpu::Insn;
+use iced_x86::{FlowControl, IcedError, Instruction, Register};
+
+use crate::asm::{Asm, Hole, at, slot};
+use crate::branch;
+use crate::flags::Flags;
+use crate::regs::{POINTER, SCRATCH};
+use crate::shared::Slot;
+use crate::simple;
+use crate::vectors::Level;
+
+/// What an exit asks of the translator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// Interpret instruction `insn` of the block; if nothing else happens, go on at `resume`, a
+    /// position in the block's code.
+    Interpret {
+        /// Its index.
+        insn: usize,
+        /// Where the next instruction's code begins.
+        resume: Option<usize>,
+    },
+    /// Go on at RIP, which is `offset` bytes into the page; then let the branch displacement at
+    /// `hole` lead there directly.
+    Link {
+        /// Position of the displacement.
+        hole: usize,
+        /// Position the branch has now: the exit's own code.
+        unlinked: usize,
+        /// Offset in the page.
+        offset: u64,
+    },
+    /// Look at requests; RIP is the block's first instruction.
+    Request,
+    /// Interpret the block at RIP: its vector instructions need more than translated code can do.
+    Block,
+}
+
+/// A translation, not yet in the code cache.
+pub struct Translation {
+    /// The code; position-independent but for `stub_jumps`.
+    pub bytes: Vec<u8>,
+    /// Entry point that expects RIP in the scratch register.
+    pub outer: usize,
+    /// Entry point for branches from the same page.
+    pub inner: usize,
+    /// The exits, in the order of their numbers.
+    pub exits: Vec<Wish>,
+    /// Jumps to the common way out.
+    pub leaves: Vec<Hole>,
+    /// The vector registers it needs; the entry points see to it themselves.
+    pub level: Level,
+    /// Calls of the functions that load vector registers.
+    pub loads: Vec<(Hole, Level)>,
+    /// Instructions that access guest RAM, and where to go on if that faults.
+    pub accesses: Vec<(usize, usize)>,
+}
+
+impl Translation {
+    /// Leads the jumps to the common way out and the calls to the loaders of vector registers; the code
+    /// is about to stand at `base`.
+    pub fn connect(&mut self, base: u64, way_out: u64, loaders: &[u64; 4]) {
+        let leaves = self.leaves.iter().map(|hole| (*hole, way_out));
+        let loads = self
+            .loads
+            .iter()
+            .map(|(hole, level)| (*hole, loaders[*level as usize]));
+        for (hole, to) in leaves.chain(loads) {
+            let distance = to.wrapping_sub(base + hole.0 as u64 + 4) as i32;
+            self.bytes[hole.0..hole.0 + 4].copy_from_slice(&distance.to_le_bytes());
+        }
+    }
+}
+
+/// Something to emit behind the block.
+pub(crate) struct Cold {
+    /// The branches that lead here.
+    pub holes: Vec<Hole>,
+    /// Flags there.
+    pub flags: Flags,
+    /// Offset of RIP in (or from) the page.
+    pub offset: i64,
+    /// Index in the list of exits.
+    pub exit: usize,
+}
+
+/// A translation in progress.
+pub(crate) struct Block {
+    pub a: Asm,
+    pub flags: Flags,
+    pub cold: Vec<Cold>,
+    pub exits: Vec<Wish>,
+    leaves: Vec<Hole>,
+    /// Positions of accesses, and the exits that undo them.
+    accesses: Vec<(usize, usize)>,
+    loads: Vec<(Hole, Level)>,
+    first_exit: u32,
+    /// Offset of the block's first byte in its page.
+    start: i64,
+}
+
+/// How an instruction was translated.
+pub(crate) enum Done {
+    /// Completely; control goes on behind it.
+    Next,
+    /// It ends the block.
+    Ends,
+    /// Not at all; nothing was emitted.
+    Unsupported,
+}
+
+/// Translates instructions that begin `start` bytes into their page. Exits are numbered from
+/// `first_exit`. `count`: the code counts the instructions it executes.
+pub fn translate(
+    insns: &[Insn],
+    start: u64,
+    first_exit: u32,
+    count: bool,
+) -> Result<Translation, IcedError> {
+    let mut b = Block {
+        a: Asm::new(),
+        flags: Flags::Host(None),
+        cold: Vec::new(),
+        exits: Vec::new(),
+        leaves: Vec::new(),
+        accesses: Vec::new(),
+        loads: Vec::new(),
+        first_exit,
+        start: start as i64,
+    };
+    let level = insns
+        .iter()
+        .filter_map(|i| simple::level(&i.raw))
+        .max()
+        .unwrap_or_default();
+    // JRCXZ reaches only a short way; so these are in front of it.
+    let load = b.vector_loader(level)?;
+    let island = b.a.jmp();
+    let outer = b.a.here();
+    b.a.lea(POINTER, at(SCRATCH, -b.start))?;
+    b.a.store(slot(Slot::Page), POINTER)?;
+    let inner = b.a.here();
+    b.a.load(POINTER, slot(Slot::Go))?;
+    b.a.put(&Instruction::with2(
+        iced_x86::Code::Mov_r32_rm32,
+        Register::ECX,
+        at(POINTER, 0),
+    )?)?;
+    b.a.jrcxz_back(island.0 - 1);
+    if level != Level::None {
+        b.a.load(POINTER, slot(level.live()))?;
+        b.a.jrcxz_back(load.start);
+        let here = b.a.here();
+        if let Some(back) = load.back {
+            b.a.fill(back, here);
+        }
+    }
+    if count {
+        b.a.load(POINTER, slot(Slot::Instructions))?;
+        b.a.lea(POINTER, at(POINTER, insns.len() as i64))?;
+        b.a.store(slot(Slot::Instructions), POINTER)?;
+    }
+    let exit = b.new_exit(Wish::Request);
+    b.cold.push(Cold {
+        holes: vec![island],
+        flags: Flags::Host(None),
+        offset: b.start,
+        exit,
+    });
+
+    let mut at = b.start;
+    let mut ended = false;
+    for (k, insn) in insns.iter().enumerate() {
+        let next = at + i64::from(insn.len);
+        let site = Site { k, at, next };
+        let later = insns.get(k + 1..).unwrap_or_default();
+        let done = if insn.raw.flow_control() == FlowControl::Next && !insn.ends_block {
+            simple::emit(&mut b, insn, site, later)?
+        } else {
+            branch::emit(&mut b, insn, site)?
+        };
+        match done {
+            Done::Next => {}
+            Done::Ends => ended = true,
+            Done::Unsupported => {
+                b.interpret(site, !insn.ends_block)?;
+                ended = insn.ends_block;
+            }
+        }
+        at = next;
+    }
+    if !ended {
+        b.flags.restore(&mut b.a)?;
+        if at < 4096 {
+            b.link_to(at)?;
+        } else {
+            branch::jump_relative(&mut b, at)?;
+        }
+    }
+    b.finish(outer, inner, level)
+}
+
+/// Where an instruction is.
+#[derive(Clone, Copy)]
+pub(crate) struct Site {
+    /// Its index in the block.
+    pub k: usize,
+    /// Its offset in the page.
+    pub at: i64,
+    /// The next one's offset.
+    pub next: i64,
+}
+
+/// The code that loads vector registers, when a block is entered without them.
+struct Loader {
+    start: usize,
+    back: Option<Hole>,
+}
+
+impl Block {
+    /// Emits the code that loads the registers of a level, or leaves the block to the interpreter if
+    /// translated code must not use them.
+    fn vector_loader(&mut self, level: Level) -> Result<Loader, IcedError> {
+        let start = self.a.here();
+        if level == Level::None {
+            return Ok(Loader { start, back: None });
+        }
+        let refuse = self.a.jmp();
+        let start_of_test = self.a.here();
+        self.a.load(POINTER, slot(level.allowed()))?;
+        self.a.jrcxz_back(start);
+        let call = self.a.call();
+        self.loads.push((call, level));
+        let back = self.a.jmp();
+        let exit = self.new_exit(Wish::Block);
+        self.cold.push(Cold {
+            holes: vec![refuse],
+            flags: Flags::Host(None),
+            offset: self.start,
+            exit,
+        });
+        Ok(Loader {
+            start: start_of_test,
+            back: Some(back),
+        })
+    }
+
+    pub fn new_exit(&mut self, wish: Wish) -> usize {
+        self.exits.push(wish);
+        self.exits.len() - 1
+    }
+
+    /// These branches, taken with the flags as they are now, leave the instruction to the
+    /// interpreter. The place to resume is filled in by [`Block::resume_here`].
+    pub fn leave_from(&mut self, holes: Vec<Hole>, site: Site) -> usize {
+        let exit = self.new_exit(Wish::Interpret {
+            insn: site.k,
+            resume: None,
+        });
+        self.cold.push(Cold {
+            holes,
+            flags: self.flags.clone(),
+            offset: site.at,
+            exit,
+        });
+        exit
+    }
+
+    /// The next instruction to be emitted accesses guest RAM. If it faults, this exit is taken; nothing
+    /// of the guest's instruction may have happened before it.
+    pub fn access(&mut self, exit: usize) {
+        self.access_at(self.a.here(), exit);
+    }
+
+    /// The same of the instruction at a position.
+    pub fn access_at(&mut self, position: usize, exit: usize) {
+        self.accesses.push((position, exit));
+    }
+
+    /// After the interpreter has carried out the instruction of this exit, go on here.
+    pub fn resume_here(&mut self, exit: usize) {
+        let here = self.a.here();
+        if let Some(Wish::Interpret { resume, .. }) = self.exits.get_mut(exit) {
+            *resume = Some(here);
+        }
+    }
+
+    /// The interpreter carries out the instruction.
+    fn interpret(&mut self, site: Site, go_on: bool) -> Result<(), IcedError> {
+        self.flags.restore(&mut self.a)?;
+        self.flags = Flags::Host(None);
+        let hole = self.a.jmp();
+        let exit = self.leave_from(vec![hole], site);
+        if go_on {
+            self.resume_here(exit);
+        }
+        Ok(())
+    }
+
+    /// Goes on at an offset in the same page. The flags are in the host's.
+    pub fn link_to(&mut self, offset: i64) -> Result<(), IcedError> {
+        let hole = self.a.jmp();
+        self.link(hole, offset);
+        Ok(())
+    }
+
+    /// The branch at `hole` goes to an offset in the same page.
+    pub fn link(&mut self, hole: Hole, offset: i64) {
+        let exit = self.new_exit(Wish::Link {
+            hole: hole.0,
+            unlinked: 0,
+            offset: offset as u64,
+        });
+        self.cold.push(Cold {
+            holes: vec![hole],
+            flags: Flags::Host(None),
+            offset,
+            exit,
+        });
+    }
+
+    fn finish(
+        mut self,
+        outer: usize,
+        inner: usize,
+        level: Level,
+    ) -> Result<Translation, IcedError> {
+        let mut starts = vec![0; self.exits.len()];
+        for cold in std::mem::take(&mut self.cold) {
+            let here = self.a.here();
+            starts[cold.exit] = here;
+            for hole in cold.holes {
+                self.a.fill(hole, here);
+            }
+            if let Some(Wish::Link { unlinked, .. }) = self.exits.get_mut(cold.exit) {
+                *unlinked = here;
+            }
+            cold.flags.emit_restore(&mut self.a)?;
+            self.a.load(POINTER, slot(Slot::Page))?;
+            self.a.lea(POINTER, at(POINTER, cold.offset))?;
+            self.a.store(slot(Slot::Rip), POINTER)?;
+            let number = self.first_exit + cold.exit as u32;
+            self.a.store_u32(slot(Slot::Exit), number)?;
+            let leave = self.a.jmp();
+            self.leaves.push(leave);
+        }
+        Ok(Translation {
+            bytes: self.a.into_bytes(),
+            outer,
+            inner,
+            exits: self.exits,
+            leaves: self.leaves,
+            level,
+            loads: self.loads,
+            accesses: self
+                .accesses
+                .into_iter()
+                .map(|(at, exit)| (at, starts[exit]))
+                .collect(),
+        })
+    }
+}

@@ -1,0 +1,99 @@
+//! Programs that are run by the interpreter and by translated code.
+
+#![allow(dead_code)] // Each test file uses its part of it.
+
+#[path = "../../../cpu/tests/harness/mod.rs"]
+pub mod harness;
+
+use anykvm_cpu::Exit;
+use anykvm_cpu::state::cr4;
+use anykvm_jit::{Jit, Options};
+use harness::Computer;
+use iced_x86::IcedError;
+use iced_x86::code_asm::CodeAssembler;
+
+/// Where programs begin.
+pub const CODE: u64 = 0x5000;
+/// Memory for them: 0x2000 bytes.
+pub const DATA: u64 = 0x8000;
+const TABLES: u64 = 0x10_0000;
+
+/// Everything is translated before it runs.
+pub const ALWAYS: Options = Options {
+    cache: 4 << 20,
+    threshold: 1,
+    count: false,
+};
+
+/// A computer with a program, some data, and registers that differ.
+pub fn computer(code: &[u8]) -> Computer {
+    let mut c = Computer::long(2 << 20, CODE, TABLES);
+    c.put(CODE, code);
+    for i in 0..0x2000 / 8 {
+        c.put64(DATA + i * 8, i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    }
+    for r in 0..16u8 {
+        if r != 4 {
+            c.cpu.state.regs[r] = 0x0123_4567_89ab_cdef_u64.rotate_left(u32::from(r) * 7);
+        }
+    }
+    c.cpu.state.cr4 |= cr4::OSXSAVE;
+    c.cpu.state.xcr0 = 7;
+    c.cpu.state_changed();
+    c
+}
+
+/// Gives the computer's processor a translator.
+pub fn translate(c: &mut Computer, options: Options) {
+    c.cpu
+        .set_translator(Some(Box::new(Jit::new(options).unwrap())));
+}
+
+/// The bytes of a program, which ends by `out 0x99, al`.
+pub fn assemble(build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).unwrap();
+    build(&mut a).unwrap();
+    a.out(0x99, iced_x86::code_asm::al).unwrap();
+    a.assemble(CODE).unwrap()
+}
+
+/// Runs a program to its end.
+pub fn finish(c: &mut Computer) {
+    let exit = c.cpu.run(u64::MAX);
+    assert!(matches!(exit, Exit::Io { port: 0x99, .. }), "{exit:?}");
+}
+
+/// Runs a program in both ways: the state and memory must be the same in the end.
+pub fn same(build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) {
+    same_with(ALWAYS, build);
+}
+
+/// The same with other options.
+pub fn same_with(options: Options, build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) {
+    let code = assemble(build);
+    let mut one = computer(&code);
+    finish(&mut one);
+    let mut two = computer(&code);
+    translate(&mut two, options);
+    finish(&mut two);
+    assert!(one.cpu.counters.blocks > 0);
+    if options.threshold == 1 && options.cache == ALWAYS.cache {
+        assert_eq!(two.cpu.counters.blocks, 0, "blocks were interpreted");
+    }
+    compare(&one, &two);
+}
+
+/// Registers, flags, vector registers, stack and data are the same.
+pub fn compare(one: &Computer, two: &Computer) {
+    let (s, t) = (&one.cpu.state, &two.cpu.state);
+    for r in 0..17 {
+        assert_eq!(s.regs[r], t.regs[r], "register {r}");
+    }
+    assert_eq!(s.rflags, t.rflags);
+    for (i, (a, b)) in s.xsave.0.iter().zip(&t.xsave.0).enumerate() {
+        assert_eq!(a, b, "XSAVE area, byte {i}");
+    }
+    for at in (CODE..DATA + 0x2000).step_by(8) {
+        assert_eq!(one.get64(at), two.get64(at), "memory at {at:#x}");
+    }
+}
