@@ -100,6 +100,7 @@ mod run_tests;
 mod stats;
 mod system;
 mod trace;
+mod translation;
 mod tsc;
 mod user;
 mod vcpu;

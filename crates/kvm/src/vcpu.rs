@@ -113,6 +113,7 @@ impl Vcpu {
             kick.requests().clone(),
         );
         machine.start_tsc(&mut cpu.state);
+        cpu.set_translator(crate::translation::from_env());
         if in_kernel_apic && !boot {
             cpu.state.events.mp_state = anykvm_cpu::events::MpState::Uninitialized;
         }
