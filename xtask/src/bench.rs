@@ -18,6 +18,9 @@ pub enum BenchTask {
         #[arg(long, default_value_t = 2)]
         runs: u32,
     },
+    /// A program of twelve kinds of work: on the host, and as a guest's in QEMU's TCG, in anykvm's
+    /// interpreter and with translation
+    Work,
     /// Port I/O exits in a loop under the Rust API
     Exits,
 }
@@ -25,11 +28,12 @@ pub enum BenchTask {
 pub fn run(task: &BenchTask) -> Result<ExitCode> {
     match task {
         BenchTask::Boot { runs } => boot(*runs),
+        BenchTask::Work => crate::work::run(),
         BenchTask::Exits => exits(),
     }
 }
 
-const LIMIT: Duration = Duration::from_secs(600);
+pub const LIMIT: Duration = Duration::from_secs(600);
 /// What both machines get, so that they do the same work: no serial output to speak of.
 const PARAMETERS: &str = "quiet anykvm.task=bench";
 
@@ -107,7 +111,7 @@ fn measured(command: &mut Command, name: &str) -> Result<Outcome> {
 }
 
 /// The host's frequency as /proc/cpuinfo has it.
-fn host_khz() -> Result<u64> {
+pub fn host_khz() -> Result<u64> {
     std::fs::read_to_string("/proc/cpuinfo")?
         .lines()
         .filter(|line| line.starts_with("cpu MHz"))
@@ -123,7 +127,7 @@ fn fastest(outcomes: Vec<Outcome>) -> Outcome {
         .expect("there was at least one run")
 }
 
-fn log(name: &str) -> PathBuf {
+pub fn log(name: &str) -> PathBuf {
     build::target().join("bench").join(format!("{name}.log"))
 }
 

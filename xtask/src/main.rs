@@ -10,6 +10,7 @@ mod e2e;
 mod fuzz;
 mod guest;
 mod process;
+mod work;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

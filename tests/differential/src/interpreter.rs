@@ -1,5 +1,5 @@
-//! This project's processor as an engine: the interpreter at CPL 3, with page tables that map what
-//! the host's process maps, and descriptor tables as Linux has them.
+//! This project's processor as an engine, interpreting or translating: at CPL 3, with page tables that
+//! map what the host's process maps, and descriptor tables as Linux has them.
 
 mod devices;
 mod tables;
@@ -13,9 +13,11 @@ use anykvm_cpu::events::Events;
 use anykvm_cpu::memory::mapping::Mapping;
 use anykvm_cpu::memory::{GuestMemory, MemoryMap, Slot};
 use anykvm_cpu::state::{reg, seg};
-use anykvm_cpu::{Cpu, Exit, Requests};
+use anykvm_cpu::{Cpu, Exit, Requests, requests};
+use anykvm_jit::{Jit, Options};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Guest-physical address of the code pages.
 const CODE_GPA: u64 = 0x4_0000;
@@ -27,8 +29,19 @@ const RAM: usize = 0x10_0000;
 const BUDGET: u64 = 200_000;
 const INT3: u8 = 0xcc;
 
-/// The interpreter.
+/// How the processor executes code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Way {
+    /// The interpreter alone.
+    #[default]
+    Interpreted,
+    /// Everything that can be is translated before it runs.
+    Translated,
+}
+
+/// The processor.
 pub struct Interpreter {
+    way: Way,
     cpu: Cpu,
     memory: Arc<GuestMemory>,
     layout: Layout,
@@ -41,13 +54,13 @@ pub struct Interpreter {
 
 impl Default for Interpreter {
     fn default() -> Self {
-        Self::new()
+        Self::new(Way::default())
     }
 }
 
 impl Interpreter {
     /// A processor with the CPUID this project offers.
-    pub fn new() -> Self {
+    pub fn new(way: Way) -> Self {
         let memory = Arc::new(GuestMemory::new());
         let ram = Arc::new(Mapping::anonymous(RAM).expect("memory for the guest"));
         let slot = Slot::owned(0, 0, RAM as u64, ram, 0, false, None);
@@ -63,10 +76,15 @@ impl Interpreter {
         tables::system_state(&mut cpu.state);
         cpu.state.xcr0 = xcr0;
         cpu.state_changed();
+        if way == Way::Translated {
+            cpu.set_translator(Some(Box::new(translator())));
+            watch(&cpu);
+        }
         let pristine = pattern();
         put(&memory, CODE_GPA, &[INT3; CODE_PAGES * PAGE]);
         put(&memory, DATA_GPA, &pristine);
         Self {
+            way,
             cpu,
             memory,
             layout: Layout::of_guest(xcr0),
@@ -89,17 +107,33 @@ impl Interpreter {
 
     fn run_one(&mut self, case: &Case) -> Outcome {
         self.place(case);
-        let run = catch_unwind(AssertUnwindSafe(|| self.cpu.run(BUDGET)));
+        let run = catch_unwind(AssertUnwindSafe(|| self.run_code()));
         let Ok(exit) = run else {
             let outcome = Outcome {
                 state: case.state,
                 end: End::Failed("panicked".to_owned()),
                 pages: Vec::new(),
             };
-            *self = Self::new();
+            *self = Self::new(self.way);
             return outcome;
         };
         self.outcome(case, exit)
+    }
+
+    fn run_code(&mut self) -> Exit {
+        if self.way == Way::Interpreted {
+            return self.cpu.run(BUDGET);
+        }
+        // Translated code knows no budget; a thread that asks for the processor takes its place.
+        for _ in 0..20 {
+            match self.cpu.run(u64::MAX) {
+                Exit::Request => {
+                    self.cpu.requests().take(requests::KICK);
+                }
+                other => return other,
+            }
+        }
+        Exit::Budget
     }
 
     /// Makes memory and registers those of the case.
@@ -188,13 +222,37 @@ impl Interpreter {
     }
 }
 
+fn translator() -> Jit {
+    Jit::new(Options {
+        cache: 8 << 20,
+        threshold: 1,
+        ..Options::default()
+    })
+    .expect("executable memory")
+}
+
+/// Asks for the processor again and again until it is gone.
+fn watch(cpu: &Cpu) {
+    let word = Arc::downgrade(cpu.requests());
+    std::thread::spawn(move || {
+        while let Some(word) = word.upgrade() {
+            word.set(requests::KICK);
+            drop(word);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+}
+
 fn put(memory: &GuestMemory, gpa: u64, bytes: &[u8]) {
     memory.write(gpa, bytes).expect("the address is RAM");
 }
 
 impl Engine for Interpreter {
     fn name(&self) -> &str {
-        "interpreter"
+        match self.way {
+            Way::Interpreted => "interpreter",
+            Way::Translated => "translated code",
+        }
     }
 
     fn start(&mut self, cases: &[Case]) {

@@ -5,6 +5,7 @@ use anykvm_differential::case::Case;
 use anykvm_differential::features::Features;
 use anykvm_differential::generate::{Generator, Wanted};
 use anykvm_differential::host::{self, BATCH};
+use anykvm_differential::interpreter::Way;
 use anykvm_differential::run::{Account, Pair, Verdict};
 use anykvm_differential::{text, tolerated};
 use clap::Parser;
@@ -38,6 +39,9 @@ struct Args {
     /// Stop once this many different failures are found
     #[arg(long, default_value_t = 20)]
     failures: usize,
+    /// Compare translated code, not the interpreter
+    #[arg(long)]
+    translated: bool,
     /// Print which encodings no case had
     #[arg(long)]
     coverage: bool,
@@ -61,7 +65,12 @@ fn perform(args: &Args) -> Result<bool> {
     }
     // A panic in the interpreter is an outcome, and told with the case.
     std::panic::set_hook(Box::new(|_| {}));
-    let mut pair = Pair::new().context("cannot make the engines")?;
+    let way = if args.translated {
+        Way::Translated
+    } else {
+        Way::Interpreted
+    };
+    let mut pair = Pair::new(way).context("cannot make the engines")?;
     match &args.replay {
         Some(file) => replay(&mut pair, file),
         None => compare(&mut pair, args),

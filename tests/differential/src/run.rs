@@ -3,7 +3,7 @@
 use crate::case::{Case, Engine};
 use crate::compare::{Difference, differences};
 use crate::host::Host;
-use crate::interpreter::Interpreter;
+use crate::interpreter::{Interpreter, Way};
 use crate::minimise;
 use crate::text;
 use crate::tolerated;
@@ -35,9 +35,9 @@ pub enum Verdict {
 
 impl Pair {
     /// Both engines.
-    pub fn new() -> std::io::Result<Self> {
+    pub fn new(way: Way) -> std::io::Result<Self> {
         let host = Host::new()?;
-        let guest = Interpreter::new();
+        let guest = Interpreter::new(way);
         let components = host.components() & guest.components();
         Ok(Self {
             host,

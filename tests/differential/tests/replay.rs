@@ -4,6 +4,7 @@ use anykvm_differential::case::{Case, Engine, Outcome, Patch, State};
 use anykvm_differential::compare::differences;
 use anykvm_differential::features::Features;
 use anykvm_differential::generate::{Generator, Wanted};
+use anykvm_differential::interpreter::Way;
 use anykvm_differential::layout::KNOWN;
 use anykvm_differential::run::{Pair, Verdict};
 use anykvm_differential::{host, text};
@@ -11,11 +12,15 @@ use std::path::Path;
 
 /// The engines, if cases can run on this host.
 fn pair() -> Option<Pair> {
+    pair_of(Way::Interpreted)
+}
+
+fn pair_of(way: Way) -> Option<Pair> {
     if let Some(what) = host::missing() {
         eprintln!("not compared: this host has no {what}");
         return None;
     }
-    Some(Pair::new().unwrap())
+    Some(Pair::new(way).unwrap())
 }
 
 fn add_rax_rcx() -> Case {
@@ -31,7 +36,16 @@ fn add_rax_rcx() -> Case {
 
 #[test]
 fn kept_cases_agree() {
-    let Some(mut pair) = pair() else { return };
+    replay(Way::Interpreted);
+}
+
+#[test]
+fn kept_cases_agree_translated() {
+    replay(Way::Translated);
+}
+
+fn replay(way: Way) {
+    let Some(mut pair) = pair_of(way) else { return };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases");
     let mut replayed = 0;
     for entry in std::fs::read_dir(folder).unwrap() {

@@ -17,9 +17,21 @@ const DISK_SIZE: u64 = 65 << 20;
 
 pub fn tests() -> Vec<Test> {
     vec![
-        test("boot-cpus1", 1, |bench, test| check(bench, test, false)),
-        test("boot-vmlinux", 1, |bench, test| check(bench, test, true)),
-        test("boot-cpus2", 2, |bench, test| check(bench, test, false)),
+        test("boot-cpus1", 1, |bench, test| {
+            check(bench, test, Kernel::Compressed, "off")
+        }),
+        test("boot-vmlinux", 1, |bench, test| {
+            check(bench, test, Kernel::Elf, "off")
+        }),
+        test("boot-cpus2", 2, |bench, test| {
+            check(bench, test, Kernel::Compressed, "off")
+        }),
+        test("boot-translated", 2, |bench, test| {
+            check(bench, test, Kernel::Compressed, "on")
+        }),
+        test("boot-translated-always", 1, |bench, test| {
+            check(bench, test, Kernel::Elf, "always")
+        }),
         test("boot-disk", 1, disk),
         test("boot-shell", 1, shell),
         test("boot-terminal", 1, terminal),
@@ -53,14 +65,23 @@ fn command(bench: &Bench, kernel: &Path, test: &Test, task: &str) -> Command {
     command
 }
 
-fn check(bench: &Bench, test: &Test, vmlinux: bool) -> Result<()> {
-    let kernel = if vmlinux {
-        bench.guest().vmlinux()?
-    } else {
-        bench.guest().kernel.clone()
+/// The form the kernel is loaded in.
+#[derive(Clone, Copy)]
+enum Kernel {
+    /// A bzImage.
+    Compressed,
+    /// A vmlinux, which begins by PVH.
+    Elf,
+}
+
+/// Boots with `ANYKVM_JIT` set to `jit`.
+fn check(bench: &Bench, test: &Test, kernel: Kernel, jit: &str) -> Result<()> {
+    let kernel = match kernel {
+        Kernel::Elf => bench.guest().vmlinux()?,
+        Kernel::Compressed => bench.guest().kernel.clone(),
     };
     let outcome = process::run(
-        &mut command(bench, &kernel, test, "check"),
+        command(bench, &kernel, test, "check").env("ANYKVM_JIT", jit),
         &bench.log(test),
         test.limit,
         FATAL,

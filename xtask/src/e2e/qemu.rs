@@ -56,9 +56,16 @@ pub fn tests() -> Vec<Test> {
             cpus,
             limit: LIMIT,
             needs: Needs::Qemu,
-            body: Box::new(move |bench, test| check(bench, test, machine, irqchip)),
+            body: Box::new(move |bench, test| check(bench, test, machine, irqchip, "off")),
         })
         .collect();
+    tests.push(Test {
+        name: "qemu-translated".to_owned(),
+        cpus: 2,
+        limit: LIMIT,
+        needs: Needs::Qemu,
+        body: Box::new(|bench, test| check(bench, test, "q35", Irqchip::On, "on")),
+    });
     for machine in ["microvm", "q35"] {
         tests.push(Test {
             name: format!("qemu-disk-{machine}"),
@@ -131,9 +138,12 @@ pub fn converse(
     Ok(outcome)
 }
 
-fn check(bench: &Bench, test: &Test, machine: &str, irqchip: Irqchip) -> Result<()> {
+/// Boots with `ANYKVM_JIT` set to `jit`.
+fn check(bench: &Bench, test: &Test, machine: &str, irqchip: Irqchip, jit: &str) -> Result<()> {
     let mut command = qemu(bench, test, machine, irqchip, "anykvm.task=check");
-    command.args(["-nic", "none", "-no-reboot"]);
+    command
+        .env("ANYKVM_JIT", jit)
+        .args(["-nic", "none", "-no-reboot"]);
     let outcome = run(bench, test, &mut command)?;
     let console = Console(&outcome.output);
     require_sound(&console, test.cpus)?;

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{progress, workspace};
 use cpio::{Archive, Node};
-pub use overlay::Overlay;
+pub use overlay::{Overlay, compile};
 
 /// Drivers that are modules in Debian's kernel and that the tests need.
 const DRIVERS: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net"];

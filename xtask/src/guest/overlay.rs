@@ -84,23 +84,11 @@ impl<'a> Overlay<'a> {
 
     /// Adds `tests/guest/programs/SOURCE.c`, compiled for 64 or 32 bits, as `bin/NAME`.
     pub fn compiled(&mut self, source: &str, name: &str, bits: u32) -> Result<()> {
-        let input = workspace().join(format!("tests/guest/programs/{source}.c"));
         let output = self
             .guest
             .folder
             .join(format!("{name}.{}", std::process::id()));
-        let status = Command::new("cc")
-            .args(["-O2", "-Wall", "-Werror", &format!("-m{bits}")])
-            .args(["-static", "-no-pie", "-fno-pie", "-nostdlib"])
-            .args(["-ffreestanding", "-fno-stack-protector"])
-            .arg(&input)
-            .arg("-o")
-            .arg(&output)
-            .status()
-            .context("cannot start cc")?;
-        if !status.success() {
-            bail!("cannot compile {}", input.display());
-        }
+        compile(source, bits, &output)?;
         self.add(&format!("bin/{name}"), 0o755, &output)?;
         fs::remove_file(&output).with_context(|| output.display().to_string())
     }
@@ -125,6 +113,24 @@ impl<'a> Overlay<'a> {
         write_whole(path, &image)?;
         Ok(path.to_path_buf())
     }
+}
+
+/// Compiles `tests/guest/programs/SOURCE.c` for 64 or 32 bits, without a C library.
+pub fn compile(source: &str, bits: u32, output: &Path) -> Result<()> {
+    let input = workspace().join(format!("tests/guest/programs/{source}.c"));
+    let status = Command::new("cc")
+        .args(["-O2", "-Wall", "-Werror", &format!("-m{bits}")])
+        .args(["-static", "-no-pie", "-fno-pie", "-nostdlib"])
+        .args(["-ffreestanding", "-fno-stack-protector"])
+        .arg(&input)
+        .arg("-o")
+        .arg(output)
+        .status()
+        .context("cannot start cc")?;
+    if !status.success() {
+        bail!("cannot compile {}", input.display());
+    }
+    Ok(())
 }
 
 /// The `NEEDED` entries of an ELF file's dynamic section.
