@@ -3,8 +3,10 @@
 
 mod boot;
 mod console;
+mod firmware;
 mod http;
 mod linux;
+mod models;
 mod qemu;
 
 use std::collections::VecDeque;
@@ -102,6 +104,8 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     tests.extend(boot::tests());
     tests.extend(qemu::tests());
     tests.extend(linux::tests());
+    tests.extend(firmware::tests());
+    tests.extend(models::tests());
     tests.retain(|test| {
         args.filters.is_empty() || args.filters.iter().any(|filter| test.name.contains(filter))
     });

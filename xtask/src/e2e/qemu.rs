@@ -110,11 +110,17 @@ pub fn machine(bench: &Bench, kind: &str, irqchip: Irqchip) -> Command {
     } else {
         "host"
     };
+    let mut command = machine_of_model(bench, kind, cpu);
+    command.args(["-accel", &format!("kvm,kernel-irqchip={}", irqchip.name())]);
+    command
+}
+
+/// The same with a processor of some model, and no accelerator chosen yet.
+pub fn machine_of_model(bench: &Bench, kind: &str, cpu: &str) -> Command {
     let mut command = Command::new(&bench.anykvm);
     command
         .args(["run", "--backend", "soft", "--", "qemu-system-x86_64"])
-        .args(["-M", kind, "-cpu", cpu, "-display", "none"])
-        .args(["-accel", &format!("kvm,kernel-irqchip={}", irqchip.name())]);
+        .args(["-M", kind, "-cpu", cpu, "-display", "none"]);
     command
 }
 

@@ -11,19 +11,30 @@ use crate::progress;
 
 /// Unpacks `package` into `folder`, downloading it first. `folder` appears complete or not at all.
 pub fn unpack(package: &str, folder: &Path) -> Result<()> {
-    unpack_all(&[package.to_owned()], folder)
+    unpack_all(&[], &[package.to_owned()], folder)
+}
+
+/// The same with several packages, in one tree, and nothing that they depend on.
+pub fn unpack_these(packages: &[&str], folder: &Path) -> Result<()> {
+    let packages: Vec<_> = packages.iter().map(|&name| name.to_owned()).collect();
+    unpack_all(&[], &packages, folder)
+}
+
+/// The same by an apt with these options.
+pub fn unpack_by(options: &[String], package: &str, folder: &Path) -> Result<()> {
+    unpack_all(options, &[package.to_owned()], folder)
 }
 
 /// The same with several packages and all that they depend on, in one tree.
 pub fn unpack_with_dependencies(packages: &[&str], folder: &Path) -> Result<()> {
-    unpack_all(&closure(packages)?, folder)
+    unpack_all(&[], &closure(packages)?, folder)
 }
 
-fn unpack_all(packages: &[String], folder: &Path) -> Result<()> {
+fn unpack_all(options: &[String], packages: &[String], folder: &Path) -> Result<()> {
     let scratch = folder.with_extension(format!("new.{}", std::process::id()));
     fs::create_dir_all(&scratch).with_context(|| scratch.display().to_string())?;
     let tree = scratch.join("tree");
-    for deb in download(packages, &scratch)? {
+    for deb in download(options, packages, &scratch)? {
         run(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&tree))?;
     }
     if let Err(error) = fs::rename(&tree, folder)
@@ -34,7 +45,7 @@ fn unpack_all(packages: &[String], folder: &Path) -> Result<()> {
     fs::remove_dir_all(&scratch).with_context(|| scratch.display().to_string())
 }
 
-fn download(packages: &[String], folder: &Path) -> Result<Vec<PathBuf>> {
+fn download(options: &[String], packages: &[String], folder: &Path) -> Result<Vec<PathBuf>> {
     let what = packages.join(" ");
     require("apt-get", &what)?;
     require("dpkg-deb", &what)?;
@@ -44,7 +55,9 @@ fn download(packages: &[String], folder: &Path) -> Result<Vec<PathBuf>> {
     }
     let fetch = || {
         run(Command::new("apt-get")
-            .args(["-qq", "-o", "APT::Sandbox::User=root", "download"])
+            .args(["-qq", "-o", "APT::Sandbox::User=root"])
+            .args(options)
+            .arg("download")
             .args(packages)
             .current_dir(folder))
     };
@@ -148,7 +161,7 @@ fn update() -> Result<()> {
     run(Command::new("apt-get").args(["-qq", "update"]))
 }
 
-fn require(program: &str, package: &str) -> Result<()> {
+pub fn require(program: &str, package: &str) -> Result<()> {
     if on_path(program) {
         return Ok(());
     }
@@ -171,7 +184,7 @@ fn is_root() -> bool {
 }
 
 /// Runs a command quietly; its output becomes the error when it fails.
-fn run(command: &mut Command) -> Result<()> {
+pub fn run(command: &mut Command) -> Result<()> {
     let output = command
         .stdin(Stdio::null())
         .output()

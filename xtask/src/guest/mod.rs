@@ -4,17 +4,21 @@
 mod apt;
 mod bzimage;
 mod cpio;
+pub mod disk;
+mod i386;
 mod kmod;
 mod overlay;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
 
 use crate::{progress, workspace};
 use cpio::{Archive, Node};
+pub use i386::Guest32;
 pub use overlay::{Overlay, compile};
 
 /// Drivers that are modules in Debian's kernel and that the tests need.
@@ -49,7 +53,8 @@ impl Guest {
 
         let kernel = find_kernel(&kernel_tree)?;
         let initramfs = folder.join("initramfs.cpio");
-        let image = build_initramfs(&kernel_tree, &busybox_tree)?;
+        let busybox = busybox_tree.join("bin/busybox");
+        let image = build_initramfs(&kernel_tree, &busybox_tree, &busybox)?;
         if fs::read(&initramfs).ok().as_deref() != Some(&image) {
             write_whole(&initramfs, &image)?;
             progress(&format!(
@@ -81,6 +86,18 @@ pub fn require_qemu() -> Result<()> {
     apt::install("qemu-system-x86", "qemu-system-x86_64")
 }
 
+/// Debian packages unpacked into one tree of the cache, which has this name.
+pub fn packages(name: &str, packages: &[&str]) -> Result<PathBuf> {
+    // Tests run side by side, and may want the same packages.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap();
+    let tree = cache_folder().join(name);
+    if !tree.exists() {
+        apt::unpack_these(packages, &tree)?;
+    }
+    Ok(tree)
+}
+
 fn cache_folder() -> PathBuf {
     match std::env::var_os("ANYKVM_CACHE") {
         Some(folder) => PathBuf::from(folder),
@@ -100,7 +117,8 @@ fn find_kernel(tree: &Path) -> Result<PathBuf> {
         .with_context(|| format!("no vmlinuz in {}", boot.display()))
 }
 
-fn build_initramfs(kernel_tree: &Path, busybox_tree: &Path) -> Result<Vec<u8>> {
+/// `lister` is a busybox that runs here and has the same applets.
+fn build_initramfs(kernel_tree: &Path, busybox_tree: &Path, lister: &Path) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for folder in [
         "bin",
@@ -122,7 +140,7 @@ fn build_initramfs(kernel_tree: &Path, busybox_tree: &Path) -> Result<Vec<u8>> {
     let busybox = busybox_tree.join("bin/busybox");
     add_file(&mut archive, "bin/busybox", 0o755, &busybox)?;
     archive.add("sbin", &Node::Symlink("bin"));
-    for applet in applets(&busybox)? {
+    for applet in applets(lister)? {
         if applet != "busybox" {
             archive.add(&format!("bin/{applet}"), &Node::Symlink("busybox"));
         }
