@@ -1,4 +1,4 @@
-//! The project's chores: `cargo xtask demo | test | bench | diff | fuzz`.
+//! The project's chores: `cargo xtask demo | test | stress | bench | diff | fuzz`.
 
 #![forbid(unsafe_code)]
 
@@ -33,6 +33,8 @@ enum Task {
     Demo(demo::DemoArgs),
     /// Run all tests, or those whose names contain one of the given words
     Test(e2e::TestArgs),
+    /// Run stress-ng on four processors, each stressor for a given time
+    Stress(e2e::StressArgs),
     /// Measure
     #[command(subcommand)]
     Bench(bench::BenchTask),
@@ -60,6 +62,7 @@ fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => e2e::run(&args),
+        Task::Stress(args) => e2e::stress(&args),
         Task::Bench(task) => bench::run(&task),
         Task::Diff(args) => diff::run(&args),
         Task::Fuzz(task) => fuzz::run(&task),

@@ -77,17 +77,20 @@ static __attribute__((unused)) int wrong(const char *what)
 
 static int check(void);
 
-__attribute__((used)) static void begin(void)
-{
-    int status = check();
+/* The stack at the program's start: argc, argv, 0, environment, 0, auxiliary vector (System V ABI). */
+static __attribute__((unused)) unsigned long *initial_stack;
 
-    call(__NR_exit_group, status, 0, 0, 0, 0, 0);
+__attribute__((used)) static void begin(unsigned long *stack)
+{
+    initial_stack = stack;
+    call(__NR_exit_group, check(), 0, 0, 0, 0, 0);
     __builtin_trap();
 }
 
-/* The stack is aligned here and not before the return address that a function expects. */
+/* The stack is aligned before the call, as functions expect. */
 #ifdef __x86_64__
-asm(".globl _start\n_start: xor %ebp, %ebp\n and $-16, %rsp\n call begin\n");
+asm(".globl _start\n_start: xor %ebp, %ebp\n mov %rsp, %rdi\n and $-16, %rsp\n call begin\n");
 #else
-asm(".globl _start\n_start: xor %ebp, %ebp\n and $-16, %esp\n call begin\n");
+asm(".globl _start\n_start: xor %ebp, %ebp\n mov %esp, %eax\n and $-16, %esp\n sub $12, %esp\n"
+    "push %eax\n call begin\n");
 #endif

@@ -19,6 +19,12 @@ pub fn tests() -> Vec<Test> {
     vec![
         test("linux-la57", 1, la57),
         test("linux-la48", 1, la48),
+        test("linux-compat-amd", 1, |bench, test| {
+            compat(bench, test, "AuthenticAMD")
+        }),
+        test("linux-compat-intel", 1, |bench, test| {
+            compat(bench, test, "GenuineIntel")
+        }),
         test("linux-kexec", 2, kexec),
         test("linux-hotplug", 2, hotplug),
         test("linux-sleep", 2, sleep),
@@ -55,7 +61,7 @@ const SERIAL: [&str; 4] = ["-serial", "stdio", "-monitor", "none"];
 /// of the top-level table that is for users.
 fn la57(bench: &Bench, test: &Test) -> Result<()> {
     let mut overlay = Overlay::new(bench.guest());
-    overlay.compiled("la57", "la57", 64)?;
+    overlay.compiled("la57", 64)?;
     let initrd = overlay.write(&bench.file(test, "cpio"))?;
     let mut command = machine(bench, "q35", "1", &initrd, "anykvm.task=la57");
     let outcome = qemu::run(bench, test, command.args(SERIAL))?;
@@ -73,6 +79,20 @@ fn la48(bench: &Bench, test: &Test) -> Result<()> {
     let console = Console(&outcome.output);
     require_sound(&console, test.cpus)?;
     console.require("la57", "no")
+}
+
+/// A 32-bit program. Its system calls are SYSCALL or SYSENTER by the processor's vendor.
+fn compat(bench: &Bench, test: &Test, vendor: &str) -> Result<()> {
+    let mut overlay = Overlay::new(bench.guest());
+    overlay.compiled("compat", 32)?;
+    let initrd = overlay.write(&bench.file(test, "cpio"))?;
+    let mut command = machine(bench, "q35", "1", &initrd, "anykvm.task=compat");
+    command.args(["-cpu", &format!("host,vendor={vendor}")]);
+    let outcome = qemu::run(bench, test, command.args(SERIAL))?;
+    let console = Console(&outcome.output);
+    console.require_done("compat")?;
+    console.require("compat", "passed")?;
+    console.require("vendor", vendor)
 }
 
 /// Three kernels in one machine: the second is placed by kexec-tools and kexec_load, the third by

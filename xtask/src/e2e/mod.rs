@@ -8,6 +8,9 @@ mod http;
 mod linux;
 mod models;
 mod qemu;
+mod stress;
+
+pub use stress::{StressArgs, run as stress};
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -106,6 +109,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     tests.extend(linux::tests());
     tests.extend(firmware::tests());
     tests.extend(models::tests());
+    tests.extend(stress::tests());
     tests.retain(|test| {
         args.filters.is_empty() || args.filters.iter().any(|filter| test.name.contains(filter))
     });
@@ -118,9 +122,12 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     if tests.is_empty() {
         bail!("no test has such a name");
     }
+    run_tests(tests, args.jobs.max(1))
+}
 
+fn run_tests(tests: Vec<Test>, jobs: usize) -> Result<ExitCode> {
     let bench = prepare(&tests)?;
-    let finished = run_all(&bench, tests, args.jobs.max(1));
+    let finished = run_all(&bench, tests, jobs);
     Ok(report(&bench, &finished))
 }
 

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail};
 
@@ -82,13 +83,16 @@ impl<'a> Overlay<'a> {
         Ok(())
     }
 
-    /// Adds `tests/guest/programs/SOURCE.c`, compiled for 64 or 32 bits, as `bin/NAME`.
-    pub fn compiled(&mut self, source: &str, name: &str, bits: u32) -> Result<()> {
+    /// Adds `tests/guest/programs/NAME.c`, compiled for 64 or 32 bits, as `bin/NAME`.
+    pub fn compiled(&mut self, name: &str, bits: u32) -> Result<()> {
+        // Tests run side by side, and may want the same program.
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let output = self
             .guest
             .folder
-            .join(format!("{name}.{}", std::process::id()));
-        compile(source, bits, &output)?;
+            .join(format!("{name}.{}.{number}", std::process::id()));
+        compile(name, bits, &output)?;
         self.add(&format!("bin/{name}"), 0o755, &output)?;
         fs::remove_file(&output).with_context(|| output.display().to_string())
     }
@@ -97,6 +101,12 @@ impl<'a> Overlay<'a> {
     pub fn add(&mut self, name: &str, mode: u32, path: &Path) -> Result<()> {
         self.present.insert(name.to_owned());
         add_file(&mut self.archive, name, mode, path)
+    }
+
+    /// Adds a file with this text.
+    pub fn text(&mut self, name: &str, text: &str) {
+        let data = text.as_bytes();
+        self.archive.add(name, &Node::File { mode: 0o644, data });
     }
 
     fn directory(&mut self, name: &str) {
@@ -122,6 +132,8 @@ pub fn compile(source: &str, bits: u32, output: &Path) -> Result<()> {
         .args(["-O2", "-Wall", "-Werror", &format!("-m{bits}")])
         .args(["-static", "-no-pie", "-fno-pie", "-nostdlib"])
         .args(["-ffreestanding", "-fno-stack-protector"])
+        // Linux's headers are the same for 32 bits, for which they are seldom installed.
+        .args(["-idirafter", "/usr/include/x86_64-linux-gnu"])
         .arg(&input)
         .arg("-o")
         .arg(output)
