@@ -223,7 +223,10 @@ pub fn run(args: &StressArgs) -> Result<ExitCode> {
     for line in LONG.lines().map(str::trim).filter(|line| !line.is_empty()) {
         if wanted(&line) {
             let (name, options) = line.split_once(' ').unwrap_or((line, ""));
-            lines += &format!("{} --{name} 4 {options}\n", line.replace(" --", ","));
+            lines += &format!(
+                "{} --{name} 4 {options}\n",
+                line.replace(" --", ",").replace(' ', ":")
+            );
             limit += Duration::from_secs(60 + 10 * u64::from(args.seconds));
         }
     }
