@@ -3,6 +3,7 @@
 #[path = "../tests/harness/mod.rs"]
 mod harness;
 
+use anykvm_cpu::state::cr4;
 use harness::Computer;
 use iced_x86::code_asm::*;
 use rustix::time::{ClockId, clock_gettime};
@@ -21,6 +22,9 @@ fn measure(name: &str, build: impl Fn(&mut CodeAssembler) -> Result<(), IcedErro
     build(&mut a).unwrap();
     let bytes = a.assemble(CODE).unwrap();
     let mut c = Computer::long(2 << 20, CODE, TABLES);
+    c.cpu.state.cr4 |= cr4::OSXSAVE;
+    c.cpu.state.xcr0 = 0xe7;
+    c.cpu.state_changed();
     c.put(CODE, &bytes);
     c.cpu.run(1_000_000);
     let before = c.cpu.counters.instructions;
@@ -91,6 +95,34 @@ fn main() {
         a.pxor(xmm0, xmm1)?;
         a.paddq(xmm2, xmm0)?;
         a.mulsd(xmm3, xmm4)?;
+        a.jmp(top)
+    });
+    if !std::is_x86_feature_detected!("avx512bw") {
+        return;
+    }
+    // The loop of a strlen: load, minimum, test into a mask, mask to a general register.
+    measure("avx-512 strings", |a| {
+        let mut top = a.create_label();
+        a.mov(rbx, 0x8000u64)?;
+        a.set_label(&mut top)?;
+        a.vmovdqu64(ymm16, ymmword_ptr(rbx))?;
+        a.evex().vpminub(ymm17, ymm16, ymmword_ptr(rbx + 32))?;
+        a.vpternlogd(ymm17, ymm16, ymm16, 0xde)?;
+        a.vptestnmb(k0, ymm17, ymm17)?;
+        a.vpcmpb(k1, ymm16, ymmword_ptr(rbx + 64), 4)?;
+        a.kortestd(k0, k1)?;
+        a.kmovd(eax, k0)?;
+        a.vmovdqu64(ymmword_ptr(rbx + 128), ymm16)?;
+        a.jmp(top)
+    });
+    measure("avx-512 stubs", |a| {
+        let mut top = a.create_label();
+        a.mov(rbx, 0x8000u64)?;
+        a.set_label(&mut top)?;
+        a.vaddps(zmm0, zmm1, zmm2)?;
+        a.evex().vpminub(ymm17.k1().z(), ymm16, ymmword_ptr(rbx))?;
+        a.vpermb(zmm3, zmm4, zmm5)?;
+        a.vfmadd231pd(zmm6.k1(), zmm7, qword_bcst(rbx))?;
         a.jmp(top)
     });
 }

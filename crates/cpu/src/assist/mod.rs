@@ -282,10 +282,16 @@ pub fn lookup_evex(packed: u64) -> Option<(&'static Stub, Binding)> {
     b.blank = packed >> BLANK & 1 != 0;
     // There is no broadcast of single bytes.
     b.broadcast = 1 << (packed >> BROADCAST & 3) & !1;
-    for (i, k) in (0..).zip(&mut b.opmasks) {
-        *k = (packed >> (OPMASK_BITS + 3 * i)) as u8 & 7;
+    for (slot, k) in (0..).zip(&mut b.opmasks) {
+        *k = opmask(packed, slot);
     }
     Some((stub, b))
+}
+
+/// The guest's register in an opmask slot of an EVEX-encoded instruction.
+#[inline(always)]
+pub fn opmask(packed: u64, slot: u32) -> u8 {
+    (packed >> (OPMASK_BITS + 3 * slot)) as u8 & 7
 }
 
 /// Whether the host can execute an instruction.

@@ -342,8 +342,9 @@ fn underflow(raw: &Instruction) -> Underflow {
     match raw.mnemonic() {
         _ if suppressed => Underflow::Suppressed,
         M::Vreduceps | M::Vreducepd | M::Vreducess | M::Vreducesd => Underflow::NotRaised,
-        M::Vrcp14ps | M::Vrcp14pd | M::Vrcp14ss | M::Vrcp14sd => Underflow::NotRaised,
-        M::Vrsqrt14ps | M::Vrsqrt14pd | M::Vrsqrt14ss | M::Vrsqrt14sd => Underflow::NotRaised,
+        // These raise nothing at all, and their results are flushed whatever the masks are.
+        M::Vrcp14ps | M::Vrcp14pd | M::Vrcp14ss | M::Vrcp14sd => Underflow::Suppressed,
+        M::Vrsqrt14ps | M::Vrsqrt14pd | M::Vrsqrt14ss | M::Vrsqrt14sd => Underflow::Suppressed,
         _ => Underflow::Raised,
     }
 }

@@ -36,9 +36,11 @@ pub const MXCSR_MASK: u32 = 0xffff;
 
 /// The handler of an instruction that a stub can run; the stub's number goes into the instruction.
 pub fn select(insn: &mut Insn) -> Option<Handler> {
-    let moves = super::simd_moves::select(insn).or_else(|| super::opmask::select(insn));
-    if moves.is_some() {
-        return moves;
+    let done_here = super::simd_moves::select(insn)
+        .or_else(|| super::opmask::select(insn))
+        .or_else(|| super::simd_evex_moves::select(insn));
+    if done_here.is_some() {
+        return done_here;
     }
     match assist::bind(&insn.raw) {
         Some(packed) if assist::host_has(&insn.raw) => {
@@ -154,6 +156,7 @@ impl Cpu {
         match size {
             16 => buf[..16].copy_from_slice(&self.read_16(seg, offset)?),
             32 => buf[..32].copy_from_slice(self.read_32(seg, offset)?.as_flattened()),
+            64 => buf.copy_from_slice(self.read_64(seg, offset)?.as_flattened()),
             8 => buf[..8].copy_from_slice(&self.read_at::<u64>(seg, offset)?.to_le_bytes()),
             4 => buf[..4].copy_from_slice(&self.read_at::<u32>(seg, offset)?.to_le_bytes()),
             2 => buf[..2].copy_from_slice(&self.read_at::<u16>(seg, offset)?.to_le_bytes()),

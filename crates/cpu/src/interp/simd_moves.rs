@@ -39,7 +39,7 @@ pub fn select(insn: &mut Insn) -> Option<Handler> {
     let handler = move_mask(raw.mnemonic(), shape, vex, wide)
         .or_else(|| whole(raw.mnemonic(), shape, vex, wide))
         .or_else(|| part(raw.mnemonic(), shape, vex))
-        .or_else(|| binary(raw.mnemonic(), shape, vex, wide))?;
+        .or_else(|| operation(raw.mnemonic(), &Form { shape, vex, wide }))?;
     for (i, code) in [&mut insn.op0, &mut insn.op1, &mut insn.op2]
         .into_iter()
         .enumerate()
@@ -284,13 +284,14 @@ fn sign_bits(v: &[u8; 16]) -> u16 {
 }
 
 /// An operation on each element of two 16-byte operands.
-trait Operation {
+pub(super) trait Operation {
+    /// The result.
     fn apply(a: [u8; 16], b: [u8; 16]) -> [u8; 16];
 }
 
 macro_rules! operations {
     ($($(#[$doc:meta])* $name:ident: $t:ty, $n:literal, |$a:ident, $b:ident| $body:expr;)*) => {$(
-        struct $name;
+        pub(super) struct $name;
         impl Operation for $name {
             #[inline(always)]
             fn apply(a: [u8; 16], b: [u8; 16]) -> [u8; 16] {
@@ -326,53 +327,73 @@ operations! {
     SubQ: u64, 8, |a, b| a.wrapping_sub(b);
     MinUB: u8, 1, |a, b| a.min(b);
     MaxUB: u8, 1, |a, b| a.max(b);
+    MinUD: u32, 4, |a, b| a.min(b);
 }
 
-/// A handler by operation and form.
-fn operation<O: Operation>(shape: Shape, vex: bool, wide: bool) -> Option<Handler> {
-    Some(match (shape, vex, wide) {
-        (Shape::Copy, false, _) => registers::<O, false, false>,
-        (Shape::Copy, true, false) => registers::<O, true, false>,
-        (Shape::Copy, true, true) => registers::<O, true, true>,
-        (Shape::Load, false, _) => with_memory::<O, false, false>,
-        (Shape::Load, true, false) => with_memory::<O, true, false>,
-        (Shape::Load, true, true) => with_memory::<O, true, true>,
-        _ => return None,
-    })
+/// A family of handlers for every operation.
+pub(super) trait Forms {
+    /// The handler of an operation; `None` if the operands have another form.
+    fn handler<O: Operation>(&self) -> Option<Handler>;
+}
+
+/// Legacy and VEX encoding.
+struct Form {
+    shape: Shape,
+    vex: bool,
+    wide: bool,
+}
+
+impl Forms for Form {
+    fn handler<O: Operation>(&self) -> Option<Handler> {
+        Some(match (self.shape, self.vex, self.wide) {
+            (Shape::Copy, false, _) => registers::<O, false, false>,
+            (Shape::Copy, true, false) => registers::<O, true, false>,
+            (Shape::Copy, true, true) => registers::<O, true, true>,
+            (Shape::Load, false, _) => with_memory::<O, false, false>,
+            (Shape::Load, true, false) => with_memory::<O, true, false>,
+            (Shape::Load, true, true) => with_memory::<O, true, true>,
+            _ => return None,
+        })
+    }
 }
 
 fn is_binary(m: Mnemonic) -> bool {
-    binary(m, Shape::Copy, false, false).is_some()
+    let form = Form {
+        shape: Shape::Copy,
+        vex: false,
+        wide: false,
+    };
+    operation(m, &form).is_some()
 }
 
-fn binary(m: Mnemonic, shape: Shape, vex: bool, wide: bool) -> Option<Handler> {
+/// The handler of a mnemonic that is one of these operations, of whatever encoding.
+pub(super) fn operation(m: Mnemonic, forms: &impl Forms) -> Option<Handler> {
     use Mnemonic as M;
     match m {
-        M::Pand | M::Andps | M::Andpd | M::Vpand | M::Vandps | M::Vandpd => {
-            operation::<And>(shape, vex, wide)
-        }
+        M::Pand | M::Andps | M::Andpd | M::Vpand | M::Vandps | M::Vandpd => forms.handler::<And>(),
+        M::Vpandd | M::Vpandq => forms.handler::<And>(),
         M::Pandn | M::Andnps | M::Andnpd | M::Vpandn | M::Vandnps | M::Vandnpd => {
-            operation::<AndNot>(shape, vex, wide)
+            forms.handler::<AndNot>()
         }
-        M::Por | M::Orps | M::Orpd | M::Vpor | M::Vorps | M::Vorpd => {
-            operation::<Or>(shape, vex, wide)
-        }
-        M::Pxor | M::Xorps | M::Xorpd | M::Vpxor | M::Vxorps | M::Vxorpd => {
-            operation::<Xor>(shape, vex, wide)
-        }
-        M::Pcmpeqb | M::Vpcmpeqb => operation::<EqualB>(shape, vex, wide),
-        M::Pcmpeqw | M::Vpcmpeqw => operation::<EqualW>(shape, vex, wide),
-        M::Pcmpeqd | M::Vpcmpeqd => operation::<EqualD>(shape, vex, wide),
-        M::Paddb | M::Vpaddb => operation::<AddB>(shape, vex, wide),
-        M::Paddw | M::Vpaddw => operation::<AddW>(shape, vex, wide),
-        M::Paddd | M::Vpaddd => operation::<AddD>(shape, vex, wide),
-        M::Paddq | M::Vpaddq => operation::<AddQ>(shape, vex, wide),
-        M::Psubb | M::Vpsubb => operation::<SubB>(shape, vex, wide),
-        M::Psubw | M::Vpsubw => operation::<SubW>(shape, vex, wide),
-        M::Psubd | M::Vpsubd => operation::<SubD>(shape, vex, wide),
-        M::Psubq | M::Vpsubq => operation::<SubQ>(shape, vex, wide),
-        M::Pminub | M::Vpminub => operation::<MinUB>(shape, vex, wide),
-        M::Pmaxub | M::Vpmaxub => operation::<MaxUB>(shape, vex, wide),
+        M::Vpandnd | M::Vpandnq => forms.handler::<AndNot>(),
+        M::Por | M::Orps | M::Orpd | M::Vpor | M::Vorps | M::Vorpd => forms.handler::<Or>(),
+        M::Vpord | M::Vporq => forms.handler::<Or>(),
+        M::Pxor | M::Xorps | M::Xorpd | M::Vpxor | M::Vxorps | M::Vxorpd => forms.handler::<Xor>(),
+        M::Vpxord | M::Vpxorq => forms.handler::<Xor>(),
+        M::Pcmpeqb | M::Vpcmpeqb => forms.handler::<EqualB>(),
+        M::Pcmpeqw | M::Vpcmpeqw => forms.handler::<EqualW>(),
+        M::Pcmpeqd | M::Vpcmpeqd => forms.handler::<EqualD>(),
+        M::Paddb | M::Vpaddb => forms.handler::<AddB>(),
+        M::Paddw | M::Vpaddw => forms.handler::<AddW>(),
+        M::Paddd | M::Vpaddd => forms.handler::<AddD>(),
+        M::Paddq | M::Vpaddq => forms.handler::<AddQ>(),
+        M::Psubb | M::Vpsubb => forms.handler::<SubB>(),
+        M::Psubw | M::Vpsubw => forms.handler::<SubW>(),
+        M::Psubd | M::Vpsubd => forms.handler::<SubD>(),
+        M::Psubq | M::Vpsubq => forms.handler::<SubQ>(),
+        M::Pminub | M::Vpminub => forms.handler::<MinUB>(),
+        M::Pmaxub | M::Vpmaxub => forms.handler::<MaxUB>(),
+        M::Pminud | M::Vpminud => forms.handler::<MinUD>(),
         _ => None,
     }
 }

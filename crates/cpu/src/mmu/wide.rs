@@ -1,4 +1,4 @@
-//! 16- and 32-byte operands.
+//! 16-, 32- and 64-byte operands.
 
 use crate::cpu::Cpu;
 use crate::exit::Stop;
@@ -52,6 +52,33 @@ impl Cpu {
             unsafe {
                 store_16(host, v[0]);
                 store_16(host + 16, v[1]);
+            }
+            return Ok(());
+        }
+        self.write_bytes(code, offset, v.as_flattened())
+    }
+
+    /// Reads 64 bytes at an offset through a segment code.
+    #[inline(always)]
+    pub(crate) fn read_64(&mut self, code: u8, offset: u64) -> Result<[[u8; 16]; 4], Stop> {
+        let linear = self.linear(code, offset, 64, false)?;
+        if let Some(host) = self.tlb.read(self.tlb.set, linear, 64) {
+            // SAFETY: as above; the hit covers all 64 bytes.
+            return Ok(unsafe { [0, 16, 32, 48].map(|at| load_16(host + at)) });
+        }
+        let mut v = [[0; 16]; 4];
+        self.read_bytes(code, offset, v.as_flattened_mut())?;
+        Ok(v)
+    }
+
+    /// Writes 64 bytes at an offset through a segment code.
+    #[inline(always)]
+    pub(crate) fn write_64(&mut self, code: u8, offset: u64, v: [[u8; 16]; 4]) -> Result<(), Stop> {
+        let linear = self.linear(code, offset, 64, true)?;
+        if let Some(host) = self.tlb.write(self.tlb.set, linear, 64) {
+            for (at, piece) in (host..).step_by(16).zip(v) {
+                // SAFETY: as above.
+                unsafe { store_16(at, piece) };
             }
             return Ok(());
         }

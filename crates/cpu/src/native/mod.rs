@@ -1,3 +1,4 @@
 //! What runs on the host processor itself.
 
 pub mod alu;
+pub mod equal;
