@@ -325,6 +325,11 @@ impl Cpu {
                     });
                 }
                 self.queue_fault(f);
+                if self.io.has_writes() {
+                    // The elements of a scatter before the one that faulted.
+                    self.note_writes_retired();
+                    return self.after_writes();
+                }
                 Ok(())
             }
             Stop::Exit => {

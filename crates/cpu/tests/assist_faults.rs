@@ -297,6 +297,37 @@ fn a_gather_goes_on_after_a_fault() {
 }
 
 #[test]
+fn a_scatter_stores_to_devices_before_it_faults() {
+    if !std::is_x86_feature_detected!("avx512bw") {
+        return;
+    }
+    let mut c = computer();
+    c.cpu.state.xcr0 = 0xe7;
+    // vpscatterdd [rsi+xmm1*4]{k1}, xmm0: RAM, beyond RAM, not mapped, RAM.
+    let scatter = [0x62, 0xf2, 0x7d, 0x09, 0xa0, 0x04, 0x8e];
+    let x = &mut c.cpu.state.xsave;
+    for (i, v) in [0_u32, 0x2_0000, 0x80_0000, 1].into_iter().enumerate() {
+        x.set_u32(XsaveArea::XMM + i * 4, 0x11 * (i as u32 + 1));
+        x.set_u32(XsaveArea::XMM + 16 + i * 4, v);
+    }
+    x.set_u64(XsaveArea::OPMASK + 8, 0xff);
+    c.put64(DATA, 0);
+    c.put(CODE, &scatter);
+    c.cpu.state.set_rip(CODE);
+    let data = [0x22, 0, 0, 0, 0, 0, 0, 0];
+    let write = Exit::MmioWrite {
+        gpa: 0x10_0000,
+        len: 4,
+        data,
+    };
+    assert_eq!(c.run(), write);
+    assert_eq!(c.cpu.state.xsave.u64(XsaveArea::OPMASK + 8), 0xfc);
+    assert!(matches!(c.run(), Exit::Io { .. }));
+    assert_eq!((c.cpu.state.rip() - HANDLERS) / 4, PF);
+    assert_eq!(c.get64(DATA), 0x11);
+}
+
+#[test]
 fn real_mode_environments_hold_linear_addresses() {
     let mut c = Computer::real(1 << 20, 0x1000);
     // CS = 0x0100, so IP 0; DS = 0x8000.

@@ -15,7 +15,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// Size of the arena; pages are only taken when stubs fill them.
-const BYTES: usize = 96 << 20;
+const BYTES: usize = 192 << 20;
 /// Stubs start on cache lines, so that no line is written after code in it has run.
 const LINE: usize = 64;
 

@@ -33,7 +33,7 @@ pub use plan::{Binding, Class, HIGH_BYTE, MemoryUse, Opmask, Plan, Underflow, Ve
 pub use stack::StackUse;
 
 /// More than there are distinct operations.
-const MAX_STUBS: usize = 1 << 18;
+const MAX_STUBS: usize = 1 << 19;
 const CHUNK: usize = 256;
 
 /// A generated stub and what its caller must know.
