@@ -90,6 +90,31 @@ mod tests {
     }
 
     #[test]
+    fn avx_512_state_is_carried_where_there_is_any() {
+        const AVX512: u64 = 7 << 5;
+        let mut s = CpuState::new();
+        let places = [
+            XsaveArea::OPMASK + 56,
+            XsaveArea::ZMM_HI + 504,
+            XsaveArea::HI16_ZMM + 1016,
+        ];
+        for at in places {
+            s.xsave.set_u64(at, at as u64);
+        }
+        let area = get(&s);
+        let in_use = u64::from_le_bytes(area[512..520].try_into().unwrap());
+        assert_eq!(in_use & AVX512, cpuid::host_xcr0() & AVX512);
+        if in_use & AVX512 == 0 {
+            return;
+        }
+        let mut t = CpuState::new();
+        set(&mut t, &area).unwrap();
+        for at in places {
+            assert_eq!(t.xsave.u64(at), at as u64);
+        }
+    }
+
+    #[test]
     fn bad_headers_change_nothing() {
         let mut s = CpuState::new();
         let good = get(&s);

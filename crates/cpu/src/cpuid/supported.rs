@@ -2,7 +2,7 @@
 //! it implements whatever the host has (SDM Vol. 2, CPUID; APM Vol. 3, appendix E).
 //!
 //! Vector and other user-mode instructions run on the host's own processor, so they need the host's
-//! flag. Everything of system mode is done in software. AVX-512, AMX, TSX, SGX, CET, MPX,
+//! flag. Everything of system mode is done in software. AMX, TSX, SGX, CET, MPX,
 //! MONITOR/MWAIT, performance counters and nested virtualisation are not implemented.
 
 use super::{CpuidEntry, xsave_size};
@@ -49,6 +49,13 @@ const LEAF7_EBX: Flags = Flags {
     always: bits([0, 1, 7, 10, 20]),
 };
 const LEAF7_EBX_AVX: u32 = bits([5]);
+/// Leaf 7, EBX, ECX and sub-leaf 1's EAX: AVX512F and the extensions of it that stubs serve, from the
+/// host where its operating system has enabled opmask and ZMM state.
+const LEAF7_EBX_AVX512: u32 = bits([16, 17, 21, 28, 30, 31]); // F DQ IFMA CD BW VL
+const LEAF7_ECX_AVX512: u32 = bits([1, 6, 11, 12, 14]); // VBMI VBMI2 VNNI BITALG VPOPCNTDQ
+const LEAF7_1_EAX_AVX512: u32 = bits([5]); // BF16
+/// Leaf 7, sub-leaf 1, EAX: AVX-VNNI, from the host.
+const LEAF7_1_EAX_AVX: u32 = bits([4]);
 /// Leaf 7, ECX.
 const LEAF7_ECX: Flags = Flags {
     // GFNI VAES VPCLMULQDQ
@@ -120,9 +127,27 @@ fn limit(value: u32, flags: &Flags) -> u32 {
     value & flags.host | flags.always
 }
 
+/// Vector registers whose state the host's operating system has enabled.
+#[derive(Clone, Copy)]
+struct Vectors {
+    avx: bool,
+    avx512: bool,
+}
+
+impl Vectors {
+    fn of_host() -> Self {
+        use std::arch::is_x86_feature_detected as has;
+        Self {
+            avx: has!("avx"),
+            // Stubs need opmask registers of 64 bits.
+            avx512: has!("avx512f") && has!("avx512bw"),
+        }
+    }
+}
+
 /// The entries of KVM_GET_SUPPORTED_CPUID, KVM's own leaves apart.
 pub fn supported() -> Vec<CpuidEntry> {
-    let avx = std::arch::is_x86_feature_detected!("avx");
+    let vectors = Vectors::of_host();
     let vendor = host(0, 0);
     let intel = vendor.ebx == 0x756e_6547;
     let host_max = vendor.eax;
@@ -132,7 +157,7 @@ pub fn supported() -> Vec<CpuidEntry> {
         eax: last,
         ..vendor
     });
-    list.push(feature_leaf(avx));
+    list.push(feature_leaf(vectors.avx));
     if intel {
         list.push(CpuidEntry { ..host(2, 0) });
         list.extend(cache_leaves(4, host_max));
@@ -144,13 +169,13 @@ pub fn supported() -> Vec<CpuidEntry> {
             ..CpuidEntry::default()
         }
     });
-    list.push(structured_leaf(avx, intel, host_max));
+    list.extend(structured_leaves(vectors, intel, host_max));
     // No topology: a valid one is told by sub-leaf 1, and only the VMM knows it.
     list.push(with_index(CpuidEntry {
         function: 0xb,
         ..CpuidEntry::default()
     }));
-    list.extend(xsave_leaves(avx));
+    list.extend(xsave_leaves(vectors));
     list.extend(extended_leaves(intel));
     list
 }
@@ -170,24 +195,42 @@ fn feature_leaf(avx: bool) -> CpuidEntry {
     }
 }
 
-fn structured_leaf(avx: bool, intel: bool, host_max: u32) -> CpuidEntry {
-    let h = if host_max >= 7 {
-        host(7, 0)
-    } else {
-        CpuidEntry {
-            function: 7,
-            ..CpuidEntry::default()
-        }
+/// Leaf 7 and its sub-leaf 1, if that has anything to say.
+fn structured_leaves(vectors: Vectors, intel: bool, host_max: u32) -> Vec<CpuidEntry> {
+    let leaf = |index| CpuidEntry {
+        function: 7,
+        index,
+        ..CpuidEntry::default()
     };
-    let hide = |value: u32, flags: u32| if avx { value } else { value & !flags };
+    let h = if host_max >= 7 { host(7, 0) } else { leaf(0) };
+    let more = if h.eax >= 1 { host(7, 1) } else { leaf(1) };
+    let flags = |host: u32, list: &Flags, avx: u32, avx512: u32| {
+        let hidden = if vectors.avx { 0 } else { avx };
+        let shown = if vectors.avx512 { host & avx512 } else { 0 };
+        limit(host, list) & !hidden | shown
+    };
+    let mut more_eax = 0;
+    if vectors.avx {
+        more_eax |= more.eax & LEAF7_1_EAX_AVX;
+    }
+    if vectors.avx512 {
+        more_eax |= more.eax & LEAF7_1_EAX_AVX512;
+    }
     let intel_edx = if intel { LEAF7_EDX_INTEL } else { 0 };
-    with_index(CpuidEntry {
-        eax: 0,
-        ebx: hide(limit(h.ebx, &LEAF7_EBX), LEAF7_EBX_AVX),
-        ecx: hide(limit(h.ecx, &LEAF7_ECX), LEAF7_ECX_AVX),
+    let mut list = vec![with_index(CpuidEntry {
+        eax: u32::from(more_eax != 0),
+        ebx: flags(h.ebx, &LEAF7_EBX, LEAF7_EBX_AVX, LEAF7_EBX_AVX512),
+        ecx: flags(h.ecx, &LEAF7_ECX, LEAF7_ECX_AVX, LEAF7_ECX_AVX512),
         edx: limit(h.edx, &LEAF7_EDX) | intel_edx,
-        ..h
-    })
+        ..leaf(0)
+    })];
+    if more_eax != 0 {
+        list.push(with_index(CpuidEntry {
+            eax: more_eax,
+            ..leaf(1)
+        }));
+    }
+    list
 }
 
 /// Deterministic cache parameters: sub-leaves up to the first of type 0.
@@ -209,11 +252,17 @@ fn cache_leaves(function: u32, host_max: u32) -> Vec<CpuidEntry> {
     list
 }
 
-fn xsave_leaves(avx: bool) -> Vec<CpuidEntry> {
+fn xsave_leaves(vectors: Vectors) -> Vec<CpuidEntry> {
     if host(1, 0).ecx >> 26 & 1 == 0 {
         return Vec::new();
     }
-    let xcr0: u32 = PKRU | if avx { 7 } else { 3 };
+    let mut xcr0: u32 = PKRU | 3;
+    if vectors.avx {
+        xcr0 |= 1 << 2;
+    }
+    if vectors.avx512 {
+        xcr0 |= 7 << 5;
+    }
     let size = xsave_size(xcr0.into());
     let leaf = |index| CpuidEntry {
         function: 0xd,
@@ -327,10 +376,25 @@ mod tests {
         for f in [feature::MWAIT, feature::WAITPKG] {
             assert!(!t.has(f), "{f:?}");
         }
-        // AVX-512F, TSX, SGX, MPX.
+        // TSX, SGX, MPX; AVX-512's PF and ER; FP16, VP2INTERSECT, 4VNNIW, 4FMAPS.
         let leaf7 = t.find(7, 0).copied().unwrap_or_default();
-        assert_eq!(leaf7.ebx & bits([2, 4, 11, 14, 16]), 0);
-        assert_eq!(t.xcr0_supported() & !(7 | 1 << 9), 0);
+        assert_eq!(leaf7.ebx & bits([2, 4, 11, 14, 26, 27]), 0);
+        assert_eq!(leaf7.edx & bits([2, 3, 8, 23]), 0);
+        assert_eq!(t.xcr0_supported() & !(0xe7 | 1 << 9), 0);
+    }
+
+    #[test]
+    fn avx_512_comes_with_its_state() {
+        let t = CpuidTable::new(supported());
+        let avx512 = std::arch::is_x86_feature_detected!("avx512bw");
+        let leaf7 = t.find(7, 0).copied().unwrap_or_default();
+        assert_eq!(leaf7.ebx >> 16 & 1 != 0, avx512);
+        let state = if avx512 { 7 } else { 0 };
+        assert_eq!(t.xcr0_supported() >> 5 & 7, state);
+        for bit in 5..8 {
+            assert_eq!(t.find(0xd, bit).is_some(), avx512);
+        }
+        assert_eq!(t.find(7, 1).is_some(), leaf7.eax != 0);
     }
 
     #[test]
