@@ -8,7 +8,7 @@ use crate::case::{
     CODE, CODE_PAGES, Case, DATA, DATA_PAGES, End, Engine, MAX_CODE, Outcome, PAGE, pattern,
 };
 use crate::layout::Layout;
-use anykvm_cpu::cpuid::{CpuidTable, supported};
+use anykvm_cpu::cpuid::{CpuidEntry, CpuidTable, supported};
 use anykvm_cpu::events::Events;
 use anykvm_cpu::memory::mapping::Mapping;
 use anykvm_cpu::memory::{GuestMemory, MemoryMap, Slot};
@@ -69,7 +69,7 @@ impl Interpreter {
         memory.replace(0, map, None);
         let requests = Arc::new(Requests::default());
         let mut cpu = Cpu::new(memory.clone(), Arc::new(devices::None), requests);
-        let cpuid = CpuidTable::new(supported());
+        let cpuid = CpuidTable::new(offered());
         let xcr0 = cpuid.xcr0_supported();
         cpu.set_cpuid(cpuid);
         tables::write(&memory);
@@ -241,6 +241,20 @@ fn watch(cpu: &Cpu) {
             std::thread::sleep(Duration::from_millis(50));
         }
     });
+}
+
+/// The CPUID this project offers, but for linear addresses no wider than the host's: WRFSBASE checks
+/// its operand against what the processor has, whatever CR4.LA57 is.
+fn offered() -> Vec<CpuidEntry> {
+    const LA57: u32 = 1 << 16;
+    let host = std::arch::x86_64::__cpuid_count(7, 0).ecx;
+    let mut entries = supported();
+    for e in &mut entries {
+        if (e.function, e.index) == (7, 0) {
+            e.ecx &= !LA57 | host;
+        }
+    }
+    entries
 }
 
 fn put(memory: &GuestMemory, gpa: u64, bytes: &[u8]) {

@@ -21,6 +21,7 @@ const TABLES: u64 = 0x9000;
 const KERNEL_CODE: u16 = 0x10;
 const KERNEL_DATA: u16 = 0x18;
 const TASK: u16 = 0x40;
+const CPU_NUMBER: u16 = 0x7b;
 
 const P: u64 = 1;
 const RW: u64 = 2;
@@ -29,13 +30,15 @@ const NX: u64 = 1 << 63;
 
 /// Linux's GDT (arch/x86/include/asm/segment.h), as far as user mode can see it, with the
 /// descriptors' accessed bits set.
-const DESCRIPTORS: [(u16, u64); 7] = [
+const DESCRIPTORS: [(u16, u64); 8] = [
     (0x08, 0x00cf_9b00_0000_ffff),
     (KERNEL_CODE, 0x00af_9b00_0000_ffff),
     (KERNEL_DATA, 0x00cf_9300_0000_ffff),
     (selector::CODE32, 0x00cf_fb00_0000_ffff),
     (selector::DATA, 0x00cf_f300_0000_ffff),
     (selector::CODE64, 0x00af_fb00_0000_ffff),
+    // The CPU's number: read-only, expand-down.
+    (CPU_NUMBER, 0x0040_f500_0000_0000),
     (TASK, 0x0000_8b00_0000_0067 | (TSS & 0xff_ffff) << 16),
 ];
 
