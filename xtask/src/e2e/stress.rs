@@ -186,8 +186,10 @@ const LONG: &str = "
     sysbadaddr
     usersyscall
     branch
-    funccall --funccall-method all
-    funcret --funcret-method all
+    funccall --funccall-method float80
+    funccall --funccall-method uint128
+    funcret --funcret-method uint64x128
+    funcret --funcret-method longdouble
     goto
     longjmp
     regs
