@@ -375,6 +375,9 @@ pub fn address_bits(raw: &Instruction, mode: Mode) -> u32 {
         return 32;
     } else if r.is_gpr16() {
         return 16;
+    } else if r.is_vector_register() && mode.code64() {
+        // VSIB without a base: iced gives the displacement the address's size.
+        return if raw.memory_displ_size() == 4 { 32 } else { 64 };
     }
     match raw.memory_displ_size() {
         8 => 64,
