@@ -130,7 +130,6 @@ const LONG: &str = "
     bad-altstack
     tlb-shootdown
     membarrier
-    rseq
     icache
     flushcache
     cacheline --cacheline-method all
