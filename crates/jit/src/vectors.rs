@@ -7,9 +7,9 @@
 //! includes those below it. Code with vector instructions is only entered when the guest may use them
 //! and all SIMD exceptions are masked; the rest is the interpreter's.
 
-use anykvm_cpu::assist;
 use anykvm_cpu::interp::simd::xcr0;
 use anykvm_cpu::state::{CpuState, XsaveArea, cr0, cr4};
+use anykvm_cpu::{assist, cpuid};
 use iced_x86::{
     Code, CpuidFeature, EncodingKind, IcedError, Instruction, MemoryOperand, Mnemonic, OpKind,
     Register,
@@ -88,7 +88,7 @@ impl Level {
         if matches!(raw.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) {
             return Some(Self::Avx);
         }
-        if !assist::serves(raw) || !assist::host_has(raw) {
+        if !assist::serves(raw) || !cpuid::executes(raw) {
             return None;
         }
         // Conversions from memory to general registers obey MXCSR and so belong to the vectors.

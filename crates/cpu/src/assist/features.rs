@@ -1,6 +1,7 @@
-//! Which instructions run in stubs, and which of them the host has.
+//! Which instructions run in stubs; whether the host has them is the CPUID table's to say
+//! ([`crate::cpuid::executes`]).
 
-use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic};
+use iced_x86::{CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic};
 
 use super::plan::is_x87;
 
@@ -79,50 +80,4 @@ fn is_masked_store(m: Mnemonic) -> bool {
             | M::Vpmaskmovd
             | M::Vpmaskmovq
     )
-}
-
-/// Whether the host has what an instruction needs.
-pub fn host_has(code: Code) -> bool {
-    use CpuidFeature as F;
-    use std::is_x86_feature_detected as has;
-    code.cpuid_features().iter().all(|f| match f {
-        F::SSE3 => has!("sse3"),
-        F::SSSE3 => has!("ssse3"),
-        F::SSE4_1 => has!("sse4.1"),
-        F::SSE4_2 => has!("sse4.2"),
-        F::SSE4A => has!("sse4a"),
-        F::AES => has!("aes"),
-        F::PCLMULQDQ => has!("pclmulqdq"),
-        F::SHA => has!("sha"),
-        F::GFNI => has!("gfni"),
-        F::VAES => has!("vaes"),
-        F::VPCLMULQDQ => has!("vpclmulqdq"),
-        F::AVX => has!("avx"),
-        F::AVX2 => has!("avx2"),
-        // Stubs load and store opmask registers of 64 bits.
-        F::AVX512F => has!("avx512f") && has!("avx512bw"),
-        F::AVX512BW => has!("avx512bw"),
-        F::AVX512CD => has!("avx512cd"),
-        F::AVX512DQ => has!("avx512dq"),
-        F::AVX512VL => has!("avx512vl"),
-        F::AVX512_BF16 => has!("avx512bf16"),
-        F::AVX512_BITALG => has!("avx512bitalg"),
-        F::AVX512_IFMA => has!("avx512ifma"),
-        F::AVX512_VBMI => has!("avx512vbmi"),
-        F::AVX512_VBMI2 => has!("avx512vbmi2"),
-        F::AVX512_VNNI => has!("avx512vnni"),
-        F::AVX512_VPOPCNTDQ => has!("avx512vpopcntdq"),
-        F::AVX_VNNI => has!("avxvnni"),
-        F::F16C => has!("f16c"),
-        F::FMA => has!("fma"),
-        F::BMI1 => has!("bmi1"),
-        F::BMI2 => has!("bmi2"),
-        F::ADX => has!("adx"),
-        F::LZCNT => has!("lzcnt"),
-        F::POPCNT => has!("popcnt"),
-        F::MOVBE => has!("movbe"),
-        F::RDRAND => has!("rdrand"),
-        F::RDSEED => has!("rdseed"),
-        _ => true,
-    })
 }

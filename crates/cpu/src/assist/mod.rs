@@ -293,8 +293,3 @@ pub fn lookup_evex(packed: u64) -> Option<(&'static Stub, Binding)> {
 pub fn opmask(packed: u64, slot: u32) -> u8 {
     (packed >> (OPMASK_BITS + 3 * slot)) as u8 & 7
 }
-
-/// Whether the host can execute an instruction.
-pub fn host_has(raw: &Instruction) -> bool {
-    features::host_has(raw.code())
-}

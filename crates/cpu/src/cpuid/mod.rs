@@ -3,9 +3,11 @@
 
 mod standard_format;
 mod supported;
+mod table;
 
 pub use standard_format::{Component, components};
-pub use supported::supported;
+pub use supported::{REPEATED_EDX, supported};
+pub use table::{FLAGS, Row, Source, executes, feature, has_instructions, offered};
 
 use crate::cpu::Cpu;
 use crate::decode::Insn;
@@ -46,55 +48,6 @@ pub enum Register {
 /// A feature flag: leaf, sub-leaf, register, bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Feature(pub u32, pub u32, pub Register, pub u32);
-
-/// The features whose presence changes what the processor does.
-#[allow(missing_docs)]
-pub mod feature {
-    use super::Feature;
-    use super::Register::{Eax, Ebx, Ecx, Edx};
-    pub const VME: Feature = Feature(1, 0, Edx, 1);
-    pub const DE: Feature = Feature(1, 0, Edx, 2);
-    pub const PSE: Feature = Feature(1, 0, Edx, 3);
-    pub const TSC: Feature = Feature(1, 0, Edx, 4);
-    pub const PAE: Feature = Feature(1, 0, Edx, 6);
-    pub const MCE: Feature = Feature(1, 0, Edx, 7);
-    pub const PGE: Feature = Feature(1, 0, Edx, 13);
-    pub const FXSR: Feature = Feature(1, 0, Edx, 24);
-    pub const SSE: Feature = Feature(1, 0, Edx, 25);
-    pub const MWAIT: Feature = Feature(1, 0, Ecx, 3);
-    pub const PCID: Feature = Feature(1, 0, Ecx, 17);
-    pub const X2APIC: Feature = Feature(1, 0, Ecx, 21);
-    pub const TSC_DEADLINE: Feature = Feature(1, 0, Ecx, 24);
-    pub const XSAVE: Feature = Feature(1, 0, Ecx, 26);
-    pub const FSGSBASE: Feature = Feature(7, 0, Ebx, 0);
-    pub const TSC_ADJUST: Feature = Feature(7, 0, Ebx, 1);
-    pub const SMEP: Feature = Feature(7, 0, Ebx, 7);
-    pub const INVPCID: Feature = Feature(7, 0, Ebx, 10);
-    pub const SMAP: Feature = Feature(7, 0, Ebx, 20);
-    pub const UMIP: Feature = Feature(7, 0, Ecx, 2);
-    pub const PKU: Feature = Feature(7, 0, Ecx, 3);
-    pub const WAITPKG: Feature = Feature(7, 0, Ecx, 5);
-    pub const LA57: Feature = Feature(7, 0, Ecx, 16);
-    pub const RDPID: Feature = Feature(7, 0, Ecx, 22);
-    pub const SPEC_CTRL: Feature = Feature(7, 0, Edx, 26);
-    pub const STIBP: Feature = Feature(7, 0, Edx, 27);
-    pub const FLUSH_L1D: Feature = Feature(7, 0, Edx, 28);
-    pub const ARCH_CAPABILITIES: Feature = Feature(7, 0, Edx, 29);
-    pub const SSBD: Feature = Feature(7, 0, Edx, 31);
-    pub const XGETBV1: Feature = Feature(0xd, 1, Eax, 2);
-    pub const XSAVES: Feature = Feature(0xd, 1, Eax, 3);
-    pub const SYSCALL: Feature = Feature(0x8000_0001, 0, Edx, 11);
-    pub const NX: Feature = Feature(0x8000_0001, 0, Edx, 20);
-    pub const FFXSR: Feature = Feature(0x8000_0001, 0, Edx, 25);
-    pub const RDTSCP: Feature = Feature(0x8000_0001, 0, Edx, 27);
-    pub const LM: Feature = Feature(0x8000_0001, 0, Edx, 29);
-    pub const AMD_IBPB: Feature = Feature(0x8000_0008, 0, Ebx, 12);
-    pub const AMD_IBRS: Feature = Feature(0x8000_0008, 0, Ebx, 14);
-    pub const AMD_STIBP: Feature = Feature(0x8000_0008, 0, Ebx, 15);
-    pub const AMD_SSBD: Feature = Feature(0x8000_0008, 0, Ebx, 24);
-    pub const VIRT_SSBD: Feature = Feature(0x8000_0008, 0, Ebx, 25);
-    pub const AUTOIBRS: Feature = Feature(0x8000_0021, 0, Eax, 8);
-}
 
 /// The CPUID of one processor, with what is asked often kept beside it.
 #[derive(Clone, Debug)]

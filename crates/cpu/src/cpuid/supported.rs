@@ -5,105 +5,18 @@
 //! flag. Everything of system mode is done in software. AMX, TSX, SGX, CET, MPX,
 //! MONITOR/MWAIT, performance counters and nested virtualisation are not implemented.
 
-use super::{CpuidEntry, xsave_size};
+use super::table::offered_bits;
+use super::{CpuidEntry, Feature, Register, xsave_size};
 use std::arch::x86_64::__cpuid_count;
+use std::sync::OnceLock;
 
-/// Where a leaf's flags come from.
-struct Flags {
-    /// Offered if the host has them.
-    host: u32,
-    /// Offered on any host.
-    always: u32,
-}
-
-const fn bits<const N: usize>(list: [u32; N]) -> u32 {
-    let mut value = 0;
-    let mut i = 0;
-    while i < N {
-        value |= 1 << list[i];
-        i += 1;
-    }
-    value
-}
-
-/// Leaf 1, ECX.
-const LEAF1_ECX: Flags = Flags {
-    // SSE3 PCLMULQDQ SSSE3 FMA CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C RDRAND
-    host: bits([0, 1, 9, 12, 13, 19, 20, 22, 23, 25, 26, 28, 29, 30]),
-    // PCID x2APIC hypervisor; not TSC-deadline, which depends on where the APIC is: KVM has a
-    // capability for it instead (KVM API, 4.46), and who creates the APIC in KVM adds the flag.
-    always: bits([17, 21, 31]),
-};
-/// Leaf 1, ECX: flags that need the host's operating system to have enabled YMM state.
-const LEAF1_ECX_AVX: u32 = bits([12, 28, 29]);
-/// Leaf 1, EDX: FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE-36 CLFSH MMX
-/// FXSR SSE SSE2.
-const LEAF1_EDX: u32 = bits([
-    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26,
-]);
-/// Leaf 7, EBX.
-const LEAF7_EBX: Flags = Flags {
-    // BMI1 AVX2 FDP_EXCPTN_ONLY BMI2 ERMS ZERO_FCS_FDS RDSEED ADX CLFLUSHOPT CLWB SHA
-    host: bits([3, 5, 6, 8, 9, 13, 18, 19, 23, 24, 29]),
-    // FSGSBASE TSC_ADJUST SMEP INVPCID SMAP
-    always: bits([0, 1, 7, 10, 20]),
-};
-const LEAF7_EBX_AVX: u32 = bits([5]);
-/// Leaf 7, EBX, ECX and sub-leaf 1's EAX: AVX512F and the extensions of it that stubs serve, from the
-/// host where its operating system has enabled opmask and ZMM state.
-const LEAF7_EBX_AVX512: u32 = bits([16, 17, 21, 28, 30, 31]); // F DQ IFMA CD BW VL
-const LEAF7_ECX_AVX512: u32 = bits([1, 6, 11, 12, 14]); // VBMI VBMI2 VNNI BITALG VPOPCNTDQ
-const LEAF7_1_EAX_AVX512: u32 = bits([5]); // BF16
-/// Leaf 7, sub-leaf 1, EAX: AVX-VNNI, from the host.
-const LEAF7_1_EAX_AVX: u32 = bits([4]);
-/// Leaf 7, ECX.
-const LEAF7_ECX: Flags = Flags {
-    // GFNI VAES VPCLMULQDQ
-    host: bits([8, 9, 10]),
-    // UMIP PKU LA57 RDPID CLDEMOTE MOVDIRI; not MOVDIR64B, whose 64 bytes hosts cannot store as one
-    always: bits([2, 3, 16, 22, 25, 27]),
-};
-const LEAF7_ECX_AVX: u32 = bits([9, 10]);
-/// Leaf 7, EDX: fast short REP MOV from the host; SERIALIZE and IA32_ARCH_CAPABILITIES always.
-const LEAF7_EDX: Flags = Flags {
-    host: bits([4]),
-    always: bits([14, 29]),
-};
-/// Leaf 7, EDX on Intel: SPEC_CTRL, which IBRS_ALL in IA32_ARCH_CAPABILITIES goes with.
-const LEAF7_EDX_INTEL: u32 = bits([26]);
-/// Leaf 0xD.1, EAX: XSAVEOPT XSAVEC XGETBV1.
-const XSAVE_FORMS: u32 = bits([0, 1, 2]);
-/// Leaf 0x80000001, ECX.
-const EXTENDED_ECX: Flags = Flags {
-    // LZCNT SSE4A PREFETCHW; not misaligned SSE, since MXCSR has no MM bit here.
-    host: bits([5, 6, 8]),
-    // LAHF/SAHF
-    always: bits([0]),
-};
-/// Leaf 0x80000001, EDX: SYSCALL NX 1GB-pages RDTSCP LM.
-const EXTENDED_EDX: u32 = bits([11, 20, 26, 27, 29]);
-/// Leaf 0x80000001, EDX on AMD: leaf 1's flags again, without those that are not there (APM).
-const EXTENDED_EDX_AMD: u32 = LEAF1_EDX & 0x0183_f3ff;
-/// The same leaf's MMXEXT, from the host.
-const EXTENDED_EDX_HOST: u32 = bits([22]);
-/// Leaf 0x80000008, EBX: WBNOINVD; IBRS, which IBRS_ALL in IA32_ARCH_CAPABILITIES goes with;
-/// speculative store bypass and branch type confusion do not exist
-/// in an interpreter.
-const ADDRESS_EBX_AMD: u32 = bits([9, 14, 26, 29]);
-/// Leaf 0x80000021, EAX: no nested data breakpoints, LFENCE serialises, null selectors clear the
-/// base, automatic IBRS, no speculative return-stack overflow.
-const EXTENDED2_EAX: u32 = bits([0, 2, 6, 8, 29]);
-/// Leaf 0x80000021, ECX: not affected by transient scheduler attacks.
-const EXTENDED2_ECX: u32 = bits([1, 2]);
 /// XCR0 bit of PKRU, which is done in software.
 const PKRU: u32 = 1 << 9;
-/// IA32 APIC timer always running (leaf 6, EAX).
-const ARAT: u32 = 1 << 2;
-/// Invariant TSC (leaf 0x80000007, EDX).
-const INVARIANT_TSC: u32 = 1 << 8;
+/// Leaf 0x80000001, EDX on AMD has the flags of leaf 1 again, but for some (APM Vol. 3, appendix E).
+pub const REPEATED_EDX: u32 = 0x0183_f3ff;
 
-fn host(function: u32, index: u32) -> CpuidEntry {
-    // Every host this crate supports has CPUID; leaves beyond the maximum are filtered by callers.
+/// The host's leaf; beyond the maximum of its class it is no leaf, which callers look at.
+pub(super) fn host(function: u32, index: u32) -> CpuidEntry {
     let r = __cpuid_count(function, index);
     CpuidEntry {
         function,
@@ -116,6 +29,23 @@ fn host(function: u32, index: u32) -> CpuidEntry {
     }
 }
 
+/// Whether the host has a flag.
+pub(super) fn host_flag(feature: Feature) -> bool {
+    let Feature(function, index, register, bit) = feature;
+    let last = host(function & 0x8000_0000, 0).eax;
+    if function > last || function == 7 && index > host(7, 0).eax {
+        return false;
+    }
+    let e = host(function, index);
+    let value = match register {
+        Register::Eax => e.eax,
+        Register::Ebx => e.ebx,
+        Register::Ecx => e.ecx,
+        Register::Edx => e.edx,
+    };
+    value >> bit & 1 != 0
+}
+
 fn with_index(entry: CpuidEntry) -> CpuidEntry {
     CpuidEntry {
         significant_index: true,
@@ -123,8 +53,18 @@ fn with_index(entry: CpuidEntry) -> CpuidEntry {
     }
 }
 
-fn limit(value: u32, flags: &Flags) -> u32 {
-    value & flags.host | flags.always
+/// A leaf that holds nothing but flags.
+fn flags(function: u32, index: u32) -> CpuidEntry {
+    let bits = |register| offered_bits(function, index, register);
+    CpuidEntry {
+        function,
+        index,
+        significant_index: false,
+        eax: bits(Register::Eax),
+        ebx: bits(Register::Ebx),
+        ecx: bits(Register::Ecx),
+        edx: bits(Register::Edx),
+    }
 }
 
 /// Vector registers whose state the host's operating system has enabled.
@@ -147,6 +87,12 @@ impl Vectors {
 
 /// The entries of KVM_GET_SUPPORTED_CPUID, KVM's own leaves apart.
 pub fn supported() -> Vec<CpuidEntry> {
+    // CPUID is slow where it is intercepted.
+    static ENTRIES: OnceLock<Vec<CpuidEntry>> = OnceLock::new();
+    ENTRIES.get_or_init(entries).clone()
+}
+
+fn entries() -> Vec<CpuidEntry> {
     let vectors = Vectors::of_host();
     let vendor = host(0, 0);
     let intel = vendor.ebx == 0x756e_6547;
@@ -157,19 +103,17 @@ pub fn supported() -> Vec<CpuidEntry> {
         eax: last,
         ..vendor
     });
-    list.push(feature_leaf(vectors.avx));
+    list.push(feature_leaf());
     if intel {
         list.push(CpuidEntry { ..host(2, 0) });
         list.extend(cache_leaves(4, host_max));
     }
-    list.push(CpuidEntry {
-        eax: ARAT,
-        ..CpuidEntry {
-            function: 6,
-            ..CpuidEntry::default()
-        }
-    });
-    list.extend(structured_leaves(vectors, intel, host_max));
+    list.push(flags(6, 0));
+    list.push(with_index(CpuidEntry {
+        eax: 1,
+        ..flags(7, 0)
+    }));
+    list.push(with_index(flags(7, 1)));
     // No topology: a valid one is told by sub-leaf 1, and only the VMM knows it.
     list.push(with_index(CpuidEntry {
         function: 0xb,
@@ -180,57 +124,14 @@ pub fn supported() -> Vec<CpuidEntry> {
     list
 }
 
-fn feature_leaf(avx: bool) -> CpuidEntry {
+/// EBX keeps CLFLUSH's line size; APIC id and processor count are the VMM's to fill in.
+fn feature_leaf() -> CpuidEntry {
     let h = host(1, 0);
-    let mut ecx = limit(h.ecx, &LEAF1_ECX);
-    if !avx {
-        ecx &= !LEAF1_ECX_AVX;
-    }
-    // EBX keeps CLFLUSH's line size; APIC id and processor count are the VMM's to fill in.
     CpuidEntry {
+        eax: h.eax,
         ebx: h.ebx & 0xff00,
-        ecx,
-        edx: LEAF1_EDX,
-        ..h
+        ..flags(1, 0)
     }
-}
-
-/// Leaf 7 and its sub-leaf 1, if that has anything to say.
-fn structured_leaves(vectors: Vectors, intel: bool, host_max: u32) -> Vec<CpuidEntry> {
-    let leaf = |index| CpuidEntry {
-        function: 7,
-        index,
-        ..CpuidEntry::default()
-    };
-    let h = if host_max >= 7 { host(7, 0) } else { leaf(0) };
-    let more = if h.eax >= 1 { host(7, 1) } else { leaf(1) };
-    let flags = |host: u32, list: &Flags, avx: u32, avx512: u32| {
-        let hidden = if vectors.avx { 0 } else { avx };
-        let shown = if vectors.avx512 { host & avx512 } else { 0 };
-        limit(host, list) & !hidden | shown
-    };
-    let mut more_eax = 0;
-    if vectors.avx {
-        more_eax |= more.eax & LEAF7_1_EAX_AVX;
-    }
-    if vectors.avx512 {
-        more_eax |= more.eax & LEAF7_1_EAX_AVX512;
-    }
-    let intel_edx = if intel { LEAF7_EDX_INTEL } else { 0 };
-    let mut list = vec![with_index(CpuidEntry {
-        eax: u32::from(more_eax != 0),
-        ebx: flags(h.ebx, &LEAF7_EBX, LEAF7_EBX_AVX, LEAF7_EBX_AVX512),
-        ecx: flags(h.ecx, &LEAF7_ECX, LEAF7_ECX_AVX, LEAF7_ECX_AVX512),
-        edx: limit(h.edx, &LEAF7_EDX) | intel_edx,
-        ..leaf(0)
-    })];
-    if more_eax != 0 {
-        list.push(with_index(CpuidEntry {
-            eax: more_eax,
-            ..leaf(1)
-        }));
-    }
-    list
 }
 
 /// Deterministic cache parameters: sub-leaves up to the first of type 0.
@@ -253,9 +154,6 @@ fn cache_leaves(function: u32, host_max: u32) -> Vec<CpuidEntry> {
 }
 
 fn xsave_leaves(vectors: Vectors) -> Vec<CpuidEntry> {
-    if host(1, 0).ecx >> 26 & 1 == 0 {
-        return Vec::new();
-    }
     let mut xcr0: u32 = PKRU | 3;
     if vectors.avx {
         xcr0 |= 1 << 2;
@@ -278,9 +176,8 @@ fn xsave_leaves(vectors: Vectors) -> Vec<CpuidEntry> {
             ..leaf(0)
         },
         CpuidEntry {
-            eax: XSAVE_FORMS,
             ebx: size,
-            ..leaf(1)
+            ..with_index(flags(0xd, 1))
         },
     ];
     for c in super::components() {
@@ -307,49 +204,36 @@ fn extended_leaves(intel: bool) -> Vec<CpuidEntry> {
             }
         }
     };
-    let h = leaf(0x8000_0001);
-    let amd_edx = if intel {
+    let last = if intel { 0x8000_0008 } else { 0x8000_0021 };
+    let features = flags(0x8000_0001, 0);
+    let repeated = if intel {
         0
     } else {
-        EXTENDED_EDX_AMD | h.edx & EXTENDED_EDX_HOST
+        offered_bits(1, 0, Register::Edx) & REPEATED_EDX
     };
-    let last = if intel { 0x8000_0008 } else { 0x8000_0021 };
+    let h = leaf(0x8000_0001);
     let mut list = vec![
         CpuidEntry {
             eax: last,
             ..leaf(0x8000_0000)
         },
         CpuidEntry {
-            ecx: limit(h.ecx, &EXTENDED_ECX),
-            edx: EXTENDED_EDX | amd_edx,
-            ..h
+            eax: h.eax,
+            ebx: h.ebx,
+            edx: features.edx | repeated,
+            ..features
         },
     ];
     list.extend((0x8000_0002..=0x8000_0006).map(leaf));
-    let power = leaf(0x8000_0007);
-    list.push(CpuidEntry {
-        eax: 0,
-        ebx: 0,
-        ecx: 0,
-        edx: power.edx & INVARIANT_TSC,
-        ..power
-    });
+    list.push(flags(0x8000_0007, 0));
     let address = leaf(0x8000_0008);
     // Linear addresses: 57 bits, since the MMU has 5-level paging.
     list.push(CpuidEntry {
         eax: 57 << 8 | (address.eax & 0xff).clamp(36, 52),
-        ebx: if intel { 0 } else { ADDRESS_EBX_AMD },
-        ecx: 0,
-        edx: 0,
-        ..address
+        ..flags(0x8000_0008, 0)
     });
     if !intel {
-        list.push(CpuidEntry {
-            function: 0x8000_0021,
-            eax: EXTENDED2_EAX,
-            ecx: EXTENDED2_ECX,
-            ..CpuidEntry::default()
-        });
+        list.push(flags(0x8000_0021, 0));
     }
     list
 }
@@ -358,6 +242,10 @@ fn extended_leaves(intel: bool) -> Vec<CpuidEntry> {
 mod tests {
     use super::super::{CpuidTable, feature};
     use super::*;
+
+    fn bits<const N: usize>(list: [u32; N]) -> u32 {
+        list.iter().fold(0, |bits, bit| bits | 1 << bit)
+    }
 
     #[test]
     fn offers_what_is_implemented_and_no_more() {

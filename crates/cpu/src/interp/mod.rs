@@ -42,6 +42,7 @@ use crate::mode::Mode;
 
 /// The families, in the order they are asked.
 const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
+    absent::select,
     mov::select,
     arith::select,
     logic::select,
@@ -62,7 +63,6 @@ const FAMILIES: &[fn(&Insn, Mode) -> Option<Handler>] = &[
     xsave::select,
     cache::select,
     bmi::select,
-    absent::select,
 ];
 
 /// The function that executes an instruction; `None` if none does.

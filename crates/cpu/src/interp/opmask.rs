@@ -3,7 +3,7 @@
 
 use iced_x86::{Mnemonic as M, OpKind, Register};
 
-use crate::assist::{self, Class};
+use crate::assist::Class;
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
 use crate::exit::Stop;
@@ -17,9 +17,6 @@ pub fn select(insn: &mut Insn) -> Option<Handler> {
         .or_else(|| arithmetic(insn.raw.mnemonic()))
         .or_else(|| test(insn.raw.mnemonic()))
         .or_else(|| moves(insn))?;
-    if !assist::host_has(&insn.raw) {
-        return None;
-    }
     let raw = insn.raw;
     for (i, code) in (0..raw.op_count()).zip([&mut insn.op0, &mut insn.op1, &mut insn.op2]) {
         if is_opmask(insn.raw.op_kind(i), insn.raw.op_register(i)) {

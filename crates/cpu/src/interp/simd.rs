@@ -43,7 +43,7 @@ pub fn select(insn: &mut Insn) -> Option<Handler> {
         return done_here;
     }
     match assist::bind(&insn.raw) {
-        Some(packed) if assist::host_has(&insn.raw) => {
+        Some(packed) => {
             insn.imm = packed;
             let x87 = assist::lookup(packed).is_some_and(|(stub, _)| stub.stack().is_some());
             Some(match insn.raw.encoding() {
@@ -52,9 +52,7 @@ pub fn select(insn: &mut Insn) -> Option<Handler> {
                 _ => native,
             })
         }
-        Some(_) => Some(unavailable),
-        // CPUID offers no extension with these encodings but those that stubs serve, and XCR0
-        // cannot enable AVX-512's state.
+        // CPUID offers no extension with these encodings but those that stubs serve.
         None if insn.raw.encoding() != EncodingKind::Legacy && !assist::serves(&insn.raw) => {
             Some(unavailable)
         }
@@ -62,7 +60,7 @@ pub fn select(insn: &mut Insn) -> Option<Handler> {
     }
 }
 
-/// An instruction that the host, or this processor, and so the guest, does not have.
+/// An instruction that this processor does not have.
 fn unavailable(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
     Err(cpu.ud())
 }

@@ -6,7 +6,7 @@ use iced_x86::{EncodingKind, Instruction, Mnemonic as M, OpKind, Register};
 
 use super::simd_moves::{Forms, Operation, operation};
 use super::simd_registers::Quarters;
-use crate::assist::{self, Class};
+use crate::assist::Class;
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
 use crate::exit::Stop;
@@ -16,7 +16,7 @@ use crate::memory::access::Ram;
 /// register codes of general registers are.
 pub fn select(insn: &mut Insn) -> Option<Handler> {
     let raw = insn.raw;
-    if raw.encoding() != EncodingKind::EVEX || raw.is_broadcast() || !assist::host_has(&raw) {
+    if raw.encoding() != EncodingKind::EVEX || raw.is_broadcast() {
         return None;
     }
     let handler = match raw.op_mask() {

@@ -5,7 +5,7 @@ use iced_x86::{EncodingKind, Mnemonic as M, Register};
 
 use super::simd_evex::elements;
 use super::simd_masked::selected;
-use crate::assist::{self, Class};
+use crate::assist::Class;
 use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn};
 use crate::exit::Stop;
@@ -16,7 +16,7 @@ pub fn select(insn: &Insn, _: Mode) -> Option<Handler> {
     let m = insn.raw.mnemonic();
     match insn.raw.encoding() {
         EncodingKind::VEX => vex(m),
-        EncodingKind::EVEX if assist::host_has(&insn.raw) => evex(m),
+        EncodingKind::EVEX => evex(m),
         _ => None,
     }
 }

@@ -164,55 +164,9 @@ fn by_mnemonic(mnemonic: Mnemonic) -> Option<Handler> {
         Mnemonic::Rsm => smm::rsm,
         Mnemonic::Vmcall | Mnemonic::Vmmcall => hypercall::hypercall,
         Mnemonic::Monitor | Mnemonic::Mwait => monitor,
-        m if NOT_OFFERED.contains(&m) => undefined,
         _ => return None,
     })
 }
-
-/// Instructions whose features CPUID does not offer (nested virtualisation, SGX, TSX, user wait, …)
-/// and those that are undefined by definition.
-const NOT_OFFERED: &[Mnemonic] = &[
-    Mnemonic::Ud0,
-    Mnemonic::Ud1,
-    Mnemonic::Ud2,
-    Mnemonic::Vmxon,
-    Mnemonic::Vmxoff,
-    Mnemonic::Vmclear,
-    Mnemonic::Vmptrld,
-    Mnemonic::Vmptrst,
-    Mnemonic::Vmread,
-    Mnemonic::Vmwrite,
-    Mnemonic::Vmlaunch,
-    Mnemonic::Vmresume,
-    Mnemonic::Vmfunc,
-    Mnemonic::Invept,
-    Mnemonic::Invvpid,
-    Mnemonic::Vmrun,
-    Mnemonic::Vmload,
-    Mnemonic::Vmsave,
-    Mnemonic::Stgi,
-    Mnemonic::Clgi,
-    Mnemonic::Skinit,
-    Mnemonic::Invlpga,
-    Mnemonic::Invlpgb,
-    Mnemonic::Tlbsync,
-    Mnemonic::Getsec,
-    Mnemonic::Encls,
-    Mnemonic::Enclu,
-    Mnemonic::Enclv,
-    Mnemonic::Pconfig,
-    Mnemonic::Xbegin,
-    Mnemonic::Xend,
-    Mnemonic::Xabort,
-    Mnemonic::Xtest,
-    Mnemonic::Monitorx,
-    Mnemonic::Mwaitx,
-    Mnemonic::Umonitor,
-    Mnemonic::Umwait,
-    Mnemonic::Tpause,
-    Mnemonic::Rdpru,
-    Mnemonic::Ptwrite,
-];
 
 /// MONITOR and MWAIT do nothing, as in KVM: by one of its quirks even if the guest has not got them,
 /// which IA32_MISC_ENABLE tells, or by another CPUID.
@@ -228,8 +182,4 @@ fn monitor(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
     } else {
         Err(cpu.ud())
     }
-}
-
-fn undefined(cpu: &mut Cpu, _: &Insn) -> Result<(), Stop> {
-    Err(cpu.ud())
 }

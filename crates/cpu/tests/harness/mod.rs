@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // Each test file uses its part of it.
 
+pub mod instructions;
 pub mod paging;
 pub mod tables;
 
