@@ -10,12 +10,14 @@ use anykvm_cpu::state::cr4;
 use crate::error::{Errno, Result};
 use crate::msr::{Access, MsrAccess, MsrError};
 
-const MCG_CAP: u32 = 0x179;
+pub(crate) const MCG_CAP: u32 = 0x179;
 pub(crate) const MCG_STATUS: u32 = 0x17a;
 pub(crate) const MCG_CTL: u32 = 0x17b;
-const MC0_CTL: u32 = 0x400;
+pub(crate) const MC0_CTL: u32 = 0x400;
 /// KVM_CAP_MCE: the most banks there can be.
 pub(crate) const MAX_BANKS: usize = 32;
+/// IA32_MC31_MISC.
+pub(crate) const LAST: u32 = MC0_CTL + 4 * MAX_BANKS as u32 - 1;
 
 const MCG_CTL_P: u64 = 1 << 8;
 const MCG_SER_P: u64 = 1 << 24;
@@ -54,8 +56,7 @@ impl Default for MachineCheck {
 
 /// Whether an MSR is one of the machine-check architecture's.
 pub(crate) fn is_mce(index: u32) -> bool {
-    matches!(index, MCG_CAP | MCG_STATUS | MCG_CTL)
-        || (MC0_CTL..MC0_CTL + 4 * MAX_BANKS as u32).contains(&index)
+    matches!(index, MCG_CAP | MCG_STATUS | MCG_CTL) || (MC0_CTL..=LAST).contains(&index)
 }
 
 impl MachineCheck {

@@ -30,28 +30,55 @@ pub(crate) type MsrAccess<T> = std::result::Result<T, MsrError>;
 
 const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 
-/// The MSRs of this crate that carry state from one machine to another.
-const SAVED: &[u32] = &[
-    index::APIC_BASE,
-    index::TSC_DEADLINE,
-    MSR_KVM_WALL_CLOCK,
-    MSR_KVM_SYSTEM_TIME,
-    MSR_KVM_WALL_CLOCK_NEW,
-    MSR_KVM_SYSTEM_TIME_NEW,
-    MSR_KVM_ASYNC_PF_EN,
-    MSR_KVM_ASYNC_PF_INT,
-    MSR_KVM_ASYNC_PF_ACK,
-    MSR_KVM_STEAL_TIME,
-    MSR_KVM_PV_EOI_EN,
-    MSR_KVM_POLL_CONTROL,
-    mce::MCG_STATUS,
-    mce::MCG_CTL,
+/// MSRs of this crate.
+pub(crate) struct Own {
+    /// The name, of the first if there are several.
+    pub name: &'static str,
+    pub first: u32,
+    pub last: u32,
+    /// It carries state from one machine to another: it is in KVM_GET_MSR_INDEX_LIST.
+    pub saved: bool,
+}
+
+const fn own(name: &'static str, index: u32, saved: bool) -> Own {
+    several(name, index, index, saved)
+}
+
+const fn several(name: &'static str, first: u32, last: u32, saved: bool) -> Own {
+    Own {
+        name,
+        first,
+        last,
+        saved,
+    }
+}
+
+/// Every MSR of this crate.
+pub(crate) const OWN: &[Own] = &[
+    own("IA32_APIC_BASE", index::APIC_BASE, true),
+    own("IA32_MCG_CAP", mce::MCG_CAP, false),
+    own("IA32_MCG_STATUS", mce::MCG_STATUS, true),
+    own("IA32_MCG_CTL", mce::MCG_CTL, true),
+    several("IA32_MC0_CTL", mce::MC0_CTL, mce::LAST, false),
+    own("IA32_TSC_DEADLINE", index::TSC_DEADLINE, true),
+    several("IA32_X2APIC", *X2APIC.start(), *X2APIC.end(), false),
+    own("MSR_KVM_WALL_CLOCK", MSR_KVM_WALL_CLOCK, true),
+    own("MSR_KVM_SYSTEM_TIME", MSR_KVM_SYSTEM_TIME, true),
+    own("MSR_KVM_WALL_CLOCK_NEW", MSR_KVM_WALL_CLOCK_NEW, true),
+    own("MSR_KVM_SYSTEM_TIME_NEW", MSR_KVM_SYSTEM_TIME_NEW, true),
+    own("MSR_KVM_ASYNC_PF_EN", MSR_KVM_ASYNC_PF_EN, true),
+    own("MSR_KVM_STEAL_TIME", MSR_KVM_STEAL_TIME, true),
+    own("MSR_KVM_PV_EOI_EN", MSR_KVM_PV_EOI_EN, true),
+    own("MSR_KVM_POLL_CONTROL", MSR_KVM_POLL_CONTROL, true),
+    own("MSR_KVM_ASYNC_PF_INT", MSR_KVM_ASYNC_PF_INT, true),
+    own("MSR_KVM_ASYNC_PF_ACK", MSR_KVM_ASYNC_PF_ACK, true),
 ];
 
 /// KVM_GET_MSR_INDEX_LIST: all that KVM_GET_MSRS and KVM_SET_MSRS carry from one machine to another.
 pub(crate) fn index_list() -> Vec<u32> {
     let mut list = anykvm_cpu::msr::saved();
-    list.extend(SAVED);
+    let own = OWN.iter().filter(|own| own.saved);
+    list.extend(own.flat_map(|own| own.first..=own.last));
     list
 }
 

@@ -7,10 +7,12 @@
 //! (APIC, machine check, the clock, paravirtual ones) belong to the [`crate::Machine`].
 
 pub(crate) mod instructions;
+mod table;
 
-use crate::cpuid::{CpuidTable, Feature, feature};
-use crate::crregs::is_canonical;
-use crate::state::{CpuState, Msrs, cr0, efer, seg};
+use crate::cpuid::{CpuidTable, feature};
+use crate::state::{CpuState, cr0, efer, seg};
+pub use table::{ARCH_CAPABILITIES, FEATURES, Row, Writes, rows};
+use table::{CONSTANT, Kept, MTRR_CAP_VALUE, STATE, is_mtrr_type};
 
 /// Who accesses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,245 +82,14 @@ pub const MTRR_FIXED: [u32; 11] = [
 /// The x2APIC's registers.
 const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 
-/// What may be written to a register kept in the state.
-#[derive(Clone, Copy, Debug)]
-enum Allow {
-    Anything,
-    /// Only these bits.
-    Bits(u64),
-    Canonical,
-    /// Only by the owner; the guest gets #GP.
-    HostOnly,
-    /// Guest writes are dropped.
-    HostElseDropped,
-    /// Eight memory types (SDM Vol. 3, 12.12.2).
-    PatTypes,
-    /// IA32_MTRR_DEF_TYPE (SDM Vol. 3, 12.11.2.1).
-    MtrrDefType,
-}
-
-/// One register kept in the state.
-struct Kept {
-    index: u32,
-    allow: Allow,
-    field: fn(&mut Msrs) -> &mut u64,
-    /// A guest has the register if its CPUID has any of these (none: always).
-    needs: &'static [Feature],
-}
-
-const fn kept(index: u32, allow: Allow, field: fn(&mut Msrs) -> &mut u64) -> Kept {
-    Kept {
-        index,
-        allow,
-        field,
-        needs: &[],
-    }
-}
-
-const fn kept_if(
-    index: u32,
-    allow: Allow,
-    field: fn(&mut Msrs) -> &mut u64,
-    needs: &'static [Feature],
-) -> Kept {
-    Kept {
-        index,
-        allow,
-        field,
-        needs,
-    }
-}
-
-/// SPEC_CTRL: IBRS, STIBP, SSBD, IPRED_DIS_U/S, RRSBA_DIS_U, BHI_DIS_S.
-const SPEC_CTRL_BITS: u64 = 0x5_7f;
-/// HWCR: the P0-frequency flag and what firmware sets (as KVM tolerates).
-const HWCR_BITS: u64 = 0x0109_1f7f;
-const SPEC_FEATURES: &[Feature] = &[
-    feature::SPEC_CTRL,
-    feature::AMD_IBRS,
-    feature::AMD_STIBP,
-    feature::AMD_SSBD,
-];
-
-/// MSRs that are kept in the state as written, the most frequent first.
-const STATE: &[Kept] = &[
-    kept(i::KERNEL_GS_BASE, Allow::Canonical, |m| {
-        &mut m.kernel_gs_base
-    }),
-    kept_if(
-        i::SPEC_CTRL,
-        Allow::Bits(SPEC_CTRL_BITS),
-        |m| &mut m.spec_ctrl,
-        SPEC_FEATURES,
-    ),
-    kept(i::SYSENTER_CS, Allow::Anything, |m| &mut m.sysenter_cs),
-    kept(i::SYSENTER_ESP, Allow::Canonical, |m| &mut m.sysenter_esp),
-    kept(i::SYSENTER_EIP, Allow::Canonical, |m| &mut m.sysenter_eip),
-    kept(i::STAR, Allow::Anything, |m| &mut m.star),
-    kept(i::LSTAR, Allow::Canonical, |m| &mut m.lstar),
-    kept(i::CSTAR, Allow::Canonical, |m| &mut m.cstar),
-    kept(i::SFMASK, Allow::Bits(0xffff_ffff), |m| &mut m.sfmask),
-    kept_if(
-        i::TSC_AUX,
-        Allow::Bits(0xffff_ffff),
-        |m| &mut m.tsc_aux,
-        &[feature::RDTSCP, feature::RDPID],
-    ),
-    kept(i::PAT, Allow::PatTypes, |m| &mut m.pat),
-    kept(i::MTRR_DEF_TYPE, Allow::MtrrDefType, |m| {
-        &mut m.mtrr_def_type
-    }),
-    kept(i::MISC_ENABLE, Allow::Anything, |m| &mut m.misc_enable),
-    kept(i::DEBUGCTL, Allow::Bits(3), |m| &mut m.debugctl),
-    kept(i::LAST_BRANCH_FROM, Allow::HostOnly, |m| {
-        &mut m.last_branch_from
-    }),
-    kept(i::LAST_BRANCH_TO, Allow::HostOnly, |m| {
-        &mut m.last_branch_to
-    }),
-    kept(i::LAST_INT_FROM, Allow::HostOnly, |m| &mut m.last_int_from),
-    kept(i::LAST_INT_TO, Allow::HostOnly, |m| &mut m.last_int_to),
-    kept(i::FEATURE_CONTROL, Allow::HostOnly, |m| {
-        &mut m.feature_control
-    }),
-    kept(i::UCODE_REV, Allow::HostElseDropped, |m| &mut m.ucode_rev),
-    kept(i::PLATFORM_INFO, Allow::HostOnly, |m| &mut m.platform_info),
-    kept_if(
-        i::UMWAIT_CONTROL,
-        Allow::Bits(0xffff_fffd),
-        |m| &mut m.umwait_control,
-        &[feature::WAITPKG],
-    ),
-    kept_if(
-        i::ARCH_CAPABILITIES,
-        Allow::HostOnly,
-        |m| &mut m.arch_capabilities,
-        &[feature::ARCH_CAPABILITIES],
-    ),
-    kept_if(i::XSS, Allow::Bits(0), |m| &mut m.xss, &[feature::XSAVES]),
-    kept(i::HWCR, Allow::Bits(HWCR_BITS), |m| &mut m.hwcr),
-    kept_if(
-        i::VIRT_SPEC_CTRL,
-        Allow::Bits(4),
-        |m| &mut m.virt_spec_ctrl,
-        &[feature::VIRT_SSBD],
-    ),
-];
-
-/// MSRs that read as a constant and drop writes.
-const CONSTANT: &[(u32, u64)] = &[
-    (0x17, 0),               // IA32_PLATFORM_ID
-    (0x2a, 0),               // EBL_CR_POWERON
-    (0x2c, 1 << 24),         // EBC_FREQUENCY_ID: 100 MHz bus
-    (0x79, 0),               // IA32_BIOS_UPDT_TRIG
-    (0xc1, 0),               // PERFCTR0
-    (0xc2, 0),               // PERFCTR1
-    (0xcd, 3),               // FSB_FREQ
-    (0x11e, 0xbe70_2111),    // BBL_CR_CTL3: L2 present
-    (0x186, 0),              // EVNTSEL0
-    (0x187, 0),              // EVNTSEL1
-    (0x198, 1000 | 4 << 40), // IA32_PERF_STATUS
-    (0x199, 0),              // IA32_PERF_CTL
-    (0x606, 0),              // RAPL_POWER_UNIT
-    (0x611, 0),              // PKG_ENERGY_STATUS
-    (0x619, 0),              // DRAM_ENERGY_STATUS
-    (0x639, 0),              // PP0_ENERGY_STATUS
-    (0x641, 0),              // PP1_ENERGY_STATUS
-    (0xc001_0000, 0),        // PerfEvtSel0-3, PerfCtr0-3
-    (0xc001_0001, 0),
-    (0xc001_0002, 0),
-    (0xc001_0003, 0),
-    (0xc001_0004, 0),
-    (0xc001_0005, 0),
-    (0xc001_0006, 0),
-    (0xc001_0007, 0),
-    (0xc001_0010, 0),   // SYSCFG
-    (0xc001_001f, 0),   // NB_CFG
-    (0xc001_0020, 0),   // PATCH_LOADER
-    (0xc001_0055, 0),   // INT_PENDING_MSG
-    (0xc001_0058, 0),   // MMIO_CONF_BASE
-    (0xc001_0112, 0),   // TSEG_ADDR
-    (0xc001_0113, 0),   // TSEG_MASK
-    (i::VM_CR, 1 << 4), // VM_CR: SVM disabled by firmware
-    (0xc001_0117, 0),   // VM_HSAVE_PA
-    (0xc001_1022, 0),   // DC_CFG
-    (0xc001_1023, 0),   // TW_CFG
-    (i::DE_CFG, 2),     // DE_CFG: LFENCE is serialising
-    (0xc001_102a, 0),   // BU_CFG2
-    (0xc001_102c, 0),   // EX_CFG
-];
-
-/// Eight variable ranges, fixed ranges, write-combining (SDM Vol. 3, 12.11.1).
-const MTRR_CAP_VALUE: u64 = 0x508;
-
 /// IA32_MISC_ENABLE: MONITOR and MWAIT exist.
 pub const MISC_ENABLE_MWAIT: u64 = 1 << 18;
-/// IA32_ARCH_CAPABILITIES: what the processor does not suffer from, since it does not speculate:
-/// RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO,
-/// FBSDP_NO, PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO.
-pub const ARCH_CAPABILITIES: u64 = 1
-    | 1 << 1
-    | 1 << 3
-    | 1 << 4
-    | 1 << 5
-    | 1 << 6
-    | 1 << 8
-    | 1 << 13
-    | 1 << 14
-    | 1 << 15
-    | 1 << 20
-    | 1 << 24
-    | 1 << 26
-    | 1 << 27;
-
-/// KVM_GET_MSR_FEATURE_INDEX_LIST: MSRs that tell of the processor, with their values.
-pub const FEATURES: &[(u32, u64)] = &[
-    (i::UCODE_REV, 0x1_0000_0000),
-    (i::ARCH_CAPABILITIES, ARCH_CAPABILITIES),
-    (i::DE_CFG, 2),
-];
 
 /// The MSRs that carry the processor's state from one machine to another: this module's part of
 /// KVM_GET_MSR_INDEX_LIST.
 pub fn saved() -> Vec<u32> {
-    let mut list: Vec<u32> = STATE.iter().map(|k| k.index).collect();
-    list.extend([
-        i::EFER,
-        i::FS_BASE,
-        i::GS_BASE,
-        i::TSC,
-        i::TSC_ADJUST,
-        i::SMBASE,
-    ]);
-    list.extend(MTRR_VAR);
-    list.extend(MTRR_FIXED);
-    list
-}
-
-fn is_mtrr_type(t: u8) -> bool {
-    matches!(t, 0 | 1 | 4 | 5 | 6)
-}
-
-impl Allow {
-    fn check(self, value: u64, la57: bool) -> Result<(), Refused> {
-        let good = match self {
-            Self::Anything | Self::HostOnly | Self::HostElseDropped => true,
-            Self::Bits(bits) => value & !bits == 0,
-            Self::Canonical => is_canonical(value, la57),
-            Self::PatTypes => value
-                .to_le_bytes()
-                .iter()
-                .all(|t| is_mtrr_type(*t) || *t == 7),
-            Self::MtrrDefType => value & !0xcff == 0 && is_mtrr_type(value as u8),
-        };
-        if good { Ok(()) } else { Err(Refused) }
-    }
-}
-
-impl Kept {
-    fn exists(&self, cpuid: &CpuidTable, access: Access) -> bool {
-        access == Access::Host || self.needs.is_empty() || self.needs.iter().any(|f| cpuid.has(*f))
-    }
+    let saved = rows().into_iter().filter(|row| row.saved);
+    saved.flat_map(|row| row.first..=row.last).collect()
 }
 
 /// Reads an MSR; `None` if the processor does not keep it.
@@ -344,7 +115,7 @@ pub fn read(
     if let Some(n) = MTRR_FIXED.iter().position(|m| *m == index) {
         return Some(Ok(s.msr.mtrr_fixed[n]));
     }
-    if let Some((_, value)) = CONSTANT.iter().find(|(c, _)| *c == index) {
+    if let Some((_, _, value)) = CONSTANT.iter().find(|(c, ..)| *c == index) {
         return Some(Ok(*value));
     }
     Some(Ok(match index {
@@ -385,13 +156,13 @@ pub fn write(
         ));
     }
     if let Some(n) = MTRR_FIXED.iter().position(|m| *m == index) {
-        if !value.to_le_bytes().iter().all(|t| is_mtrr_type(*t)) {
+        if Writes::MtrrTypes.check(value, false).is_err() {
             return Some(Err(Refused));
         }
         s.msr.mtrr_fixed[n] = value;
         return Some(Ok(()));
     }
-    if CONSTANT.iter().any(|(c, _)| *c == index) {
+    if CONSTANT.iter().any(|(c, ..)| *c == index) {
         return Some(Ok(()));
     }
     Some(match index {
@@ -418,10 +189,10 @@ fn write_kept(
     if !k.exists(cpuid, access) {
         return Err(Refused);
     }
-    match k.allow {
-        Allow::HostOnly if access == Access::Guest => return Err(Refused),
-        Allow::HostElseDropped if access == Access::Guest => return Ok(()),
-        allow => allow.check(value, cpuid.has_la57())?,
+    match k.writes {
+        Writes::HostOnly if access == Access::Guest => return Err(Refused),
+        Writes::HostElseDropped if access == Access::Guest => return Ok(()),
+        writes => writes.check(value, cpuid.has_la57())?,
     }
     *(k.field)(&mut s.msr) = value;
     Ok(())
@@ -448,7 +219,7 @@ fn write_mtrr_var(
 }
 
 fn write_base(s: &mut CpuState, cpuid: &CpuidTable, n: u8, value: u64) -> Result<(), Refused> {
-    Allow::Canonical.check(value, cpuid.has_la57())?;
+    Writes::Canonical.check(value, cpuid.has_la57())?;
     s.seg[usize::from(n)].base = value;
     Ok(())
 }
@@ -499,7 +270,7 @@ mod tests {
     #[test]
     fn no_msr_is_in_two_tables() {
         let mut all = saved();
-        all.extend(CONSTANT.iter().map(|(c, _)| *c));
+        all.extend(CONSTANT.iter().map(|(c, ..)| *c));
         let n = all.len();
         all.sort_unstable();
         all.dedup();

@@ -5,6 +5,7 @@
 mod interrupts;
 mod io;
 mod memory;
+mod msrs;
 
 use anykvm::bindings::{kvm_regs, kvm_userspace_memory_region};
 use anykvm::{Kvm, VcpuFd, VmFd};
