@@ -1,7 +1,7 @@
 //! Builds the programs that are demonstrated, tested and measured.
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 
@@ -26,6 +26,26 @@ pub fn release(packages: &[&str]) -> Result<()> {
         bail!("the build failed");
     }
     Ok(())
+}
+
+/// Has the test of the pages that are made from the code write them.
+pub fn docs() -> Result<ExitCode> {
+    let mut command = cargo();
+    command
+        .args([
+            "test",
+            "--quiet",
+            "--package",
+            "anykvm",
+            "--lib",
+            "processor_page",
+        ])
+        .env("ANYKVM_WRITE_DOCS", "1");
+    let status = command.status().context("cannot start cargo")?;
+    if !status.success() {
+        bail!("docs/processor.md was not written");
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The cargo that runs us, in the source tree.

@@ -1,4 +1,4 @@
-//! The project's chores: `cargo xtask demo | test | stress | bench | diff | fuzz`.
+//! The project's chores: `cargo xtask demo | test | stress | bench | diff | fuzz | docs`.
 
 #![forbid(unsafe_code)]
 
@@ -43,6 +43,8 @@ enum Task {
     /// Look for guests that the processor cannot stand
     #[command(subcommand)]
     Fuzz(fuzz::FuzzTask),
+    /// Bring the tables of docs/processor.md up to date
+    Docs,
     /// Prepare the test guest and print where it is
     Guest,
 }
@@ -66,6 +68,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Bench(task) => bench::run(&task),
         Task::Diff(args) => diff::run(&args),
         Task::Fuzz(task) => fuzz::run(&task),
+        Task::Docs => build::docs(),
         Task::Guest => {
             let guest = guest::Guest::prepare()?;
             println!("kernel     {}", guest.kernel.display());

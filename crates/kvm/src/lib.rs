@@ -92,6 +92,8 @@ mod msr;
 mod msr_filter;
 mod object;
 mod paravirt;
+#[cfg(test)]
+mod processor_page;
 mod registers;
 mod run;
 mod run_page;

@@ -7,7 +7,7 @@ mod table;
 
 pub use standard_format::{Component, components};
 pub use supported::{REPEATED_EDX, supported};
-pub use table::{FLAGS, Row, Source, executes, feature, has_instructions, offered};
+pub use table::{FLAGS, Row, Source, WITHOUT_FLAG, executes, feature, has_instructions, offered};
 
 use crate::cpu::Cpu;
 use crate::decode::Insn;

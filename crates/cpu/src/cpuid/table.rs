@@ -132,7 +132,7 @@ features! {
     AVX512VL: 7, 0, Ebx, 31, HostZmm, [AVX512VL], "AVX-512 on XMM and YMM registers";
     AVX512_VBMI: 7, 0, Ecx, 1, HostZmm, [AVX512_VBMI], "AVX-512 byte permutations";
     UMIP: 7, 0, Ecx, 2, Always, [], "user-mode instruction prevention";
-    PKU: 7, 0, Ecx, 3, Always, [PKU], "protection keys for user pages";
+    PKU: 7, 0, Ecx, 3, Always, [PKU], "protection keys for user pages (KVM_GET_SUPPORTED_CPUID: where the host has PKRU)";
     OSPKE: 7, 0, Ecx, 4, State, [], "CR4.PKE";
     WAITPKG: 7, 0, Ecx, 5, Owner, [], "IA32_UMWAIT_CONTROL exists; the instructions are #UD all the same";
     AVX512_VBMI2: 7, 0, Ecx, 6, HostZmm, [AVX512_VBMI2], "AVX-512 byte and word compression, double shifts";
@@ -194,7 +194,7 @@ features! {
 /// Instructions that exist on every processor with long mode, whether a flag tells of them or not; and
 /// those whose opcode without their extension is something else that executes: NOP (ENDBR, CLDEMOTE,
 /// PREFETCH of all kinds), WBINVD (WBNOINVD). MONITOR and MWAIT: see [`feature::MWAIT`].
-const WITHOUT_FLAG: &[CpuidFeature] = &[
+pub const WITHOUT_FLAG: &[CpuidFeature] = &[
     CpuidFeature::INTEL8086,
     CpuidFeature::INTEL186,
     CpuidFeature::INTEL286,
