@@ -7,6 +7,7 @@ mod tables;
 use crate::case::{
     CODE, CODE_PAGES, Case, DATA, DATA_PAGES, End, Engine, MAX_CODE, Outcome, PAGE, pattern,
 };
+use crate::host::host_xcr0;
 use crate::layout::Layout;
 use anykvm_cpu::cpuid::{CpuidEntry, CpuidTable, supported};
 use anykvm_cpu::events::Events;
@@ -70,7 +71,8 @@ impl Interpreter {
         let requests = Arc::new(Requests::default());
         let mut cpu = Cpu::new(memory.clone(), Arc::new(devices::None), requests);
         let cpuid = CpuidTable::new(offered());
-        let xcr0 = cpuid.xcr0_supported();
+        // XRSTOR looks at the components that are enabled and not asked for, too.
+        let xcr0 = cpuid.xcr0_supported() & host_xcr0();
         cpu.set_cpuid(cpuid);
         tables::write(&memory);
         tables::system_state(&mut cpu.state);

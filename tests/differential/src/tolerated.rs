@@ -6,7 +6,9 @@ use crate::case::{CODE, CODE_PAGES, Case, End, Outcome, PAGE};
 use crate::compare::Difference;
 use anykvm_cpu::events::vector as v;
 use anykvm_cpu::state::rflags;
-use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic as M};
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic as M, Register,
+};
 
 /// A difference that is tolerated.
 pub struct Tolerated {
@@ -304,15 +306,39 @@ pub const TOLERATED: &[Tolerated] = &[
         applies: |s| s.is(&[M::Loope, M::Loopne]) && (s.has_prefix(0xf2) || s.has_prefix(0xf3)),
     },
     Tolerated {
-        name: "VEX.W in 32-bit code",
-        reason: "whether VEX.W is looked at outside 64-bit mode, where it selects no operand size",
+        name: "VEX.W that selects no operand size",
+        reason: "whether it is looked at outside 64-bit mode; AMD's processors do not look at that of \
+                 VPERMPD there either, whose W is 1 by the SDM",
         applies: |s| {
             let (host, guest) = s.vectors();
             let ud = |v| v == Some(v::UD);
-            s.case.bits == 32
+            let vpermpd = matches!(s.opcode(), [_, m, w, 0x01, ..] if m & 31 == 3 && w & 0x80 == 0);
+            (s.case.bits == 32 || vpermpd)
                 && s.opcode().first() == Some(&0xc4)
                 && (ud(host) || ud(guest))
                 && s.differences.iter().any(|d| d.what == "end")
+        },
+    },
+    Tolerated {
+        name: "RSP behind PUSH in an EVEX-encoded instruction",
+        reason: "AMD's processors (Zen 4) read RSP as it was before the PUSH, POP or CALL in front of an \
+                 instruction whose EVEX.X is set beside a general register, where it means nothing",
+        applies: |s| {
+            let mut decoder = Decoder::with_ip(
+                s.case.bits,
+                &s.case.code,
+                s.case.state.rip,
+                DecoderOptions::NONE,
+            );
+            decoder.iter().any(|i| {
+                let at = (i.ip() - s.case.state.rip) as usize;
+                let evex = s.case.code[at..].iter().position(|b| *b == 0x62);
+                let x = evex.and_then(|n| s.case.code.get(at + n + 1));
+                let rsp = |r: Register| r.full_register() == Register::RSP;
+                i.encoding() == EncodingKind::EVEX
+                    && x.is_some_and(|p0| p0 & 0x40 == 0)
+                    && (0..i.op_count()).any(|n| rsp(i.op_register(n)))
+            })
         },
     },
     Tolerated {

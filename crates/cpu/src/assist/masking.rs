@@ -16,7 +16,7 @@ pub struct Masking {
     /// repeated in the destination.
     pub lanes: u8,
     /// The elements selected lie side by side from the start (compress and expand).
-    packed: bool,
+    pub packed: bool,
     /// Elements that are not selected do not fault. If false, the whole operand is accessed.
     pub suppresses: bool,
 }
@@ -29,7 +29,9 @@ impl Masking {
     /// Of an instruction without broadcast.
     pub fn of(insn: &Instruction, slot: Option<u8>) -> Self {
         let size = insn.memory_size();
-        if slot.is_none() || size.size() == 0 || !insn.op_kinds().any(|k| k == OpKind::Memory) {
+        let packed = packs(insn.mnemonic());
+        let masked = slot.is_some() || packed;
+        if !masked || size.size() == 0 || !insn.op_kinds().any(|k| k == OpKind::Memory) {
             return Self {
                 slot,
                 ..Self::default()
@@ -54,7 +56,7 @@ impl Masking {
             element: element as u8,
             count: count as u8,
             lanes: lanes as u8,
-            packed: packs(insn.mnemonic()),
+            packed,
             suppresses: suppresses(insn),
         }
     }

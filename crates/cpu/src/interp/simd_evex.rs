@@ -103,11 +103,12 @@ fn commit(cpu: &mut Cpu, stub: &Stub, binding: &Binding) {
     }
 }
 
-/// Whether a write mask that leaves out elements keeps them from being accessed.
+/// Whether the memory operand is accessed element by element: because a write mask leaves out some, or
+/// because they lie side by side, which is the form for any number of them.
 #[inline(always)]
 fn is_partial(stub: &Stub, selected: u64) -> bool {
     let m = &stub.masking;
-    m.slot.is_some() && m.element != 0 && selected != m.all()
+    m.element != 0 && (m.packed || m.slot.is_some() && selected != m.all())
 }
 
 /// Puts the memory operand into the frame.
@@ -147,7 +148,7 @@ fn load_selected(cpu: &mut Cpu, insn: &Insn, stub: &Stub, selected: u64) -> Resu
     let element = usize::from(stub.masking.element);
     let offset = cpu.effective_address(insn);
     for i in elements(selected) {
-        let at = offset.wrapping_add((i * element) as u64) & insn.addr_mask;
+        let at = cpu.element_offset(offset, i * element);
         let value = cpu.read_operand_at(insn.seg, at, element)?;
         if let Some(to) = cpu.assist.memory.get_mut(i * element..(i + 1) * element) {
             to.copy_from_slice(&value[..element]);
@@ -173,7 +174,7 @@ fn probe(cpu: &mut Cpu, insn: &Insn, stub: &Stub, selected: u64) -> Result<(), S
     }
     let element = usize::from(stub.masking.element);
     for i in elements(selected) {
-        let at = offset.wrapping_add((i * element) as u64) & insn.addr_mask;
+        let at = cpu.element_offset(offset, i * element);
         cpu.probe_write(insn.seg, at, element)?;
     }
     Ok(())
@@ -190,7 +191,7 @@ fn store(cpu: &mut Cpu, insn: &Insn, stub: &Stub, selected: u64) -> Result<(), S
     let element = usize::from(stub.masking.element);
     let offset = cpu.effective_address(insn);
     for i in elements(selected) {
-        let at = offset.wrapping_add((i * element) as u64) & insn.addr_mask;
+        let at = cpu.element_offset(offset, i * element);
         let value = data.get(i * element..(i + 1) * element).unwrap_or_default();
         cpu.write_element(insn.seg, at, value)?;
     }

@@ -357,7 +357,7 @@ fn restore(cpu: &mut Cpu, insn: &Insn, supervisor: bool) -> Result<(), Stop> {
     // SDM Vol. 1, 13.8.1 and 13.8.2.
     let valid = if compacted {
         xcomp_bv & !COMPACTED & !enabled == 0
-            && xstate_bv & !xcomp_bv == 0
+            && xstate_bv & !(xcomp_bv & !COMPACTED) == 0
             && words[2..].iter().all(|w| *w == [0; 8])
     } else {
         !supervisor && xstate_bv & !enabled == 0 && xcomp_bv == 0 && words[2] == [0; 8]

@@ -23,6 +23,18 @@ impl Cpu {
             & insn.addr_mask
     }
 
+    /// The offset of a part of a memory operand: the address size, which the operand's own offset is
+    /// computed in, does not limit it; but offsets outside 64-bit code have 32 bits.
+    #[inline(always)]
+    pub fn element_offset(&self, offset: u64, part: usize) -> u64 {
+        let at = offset.wrapping_add(part as u64);
+        if self.mode.code64() {
+            at
+        } else {
+            at & 0xffff_ffff
+        }
+    }
+
     /// The linear address of `size` bytes at an offset through a segment code, with limit and rights
     /// checks where the code asks for them.
     #[inline(always)]

@@ -41,8 +41,8 @@ pub fn missing() -> Option<&'static str> {
     (!std::arch::is_x86_feature_detected!("avx2")).then_some("AVX2")
 }
 
-/// XCR0.
-fn host_xcr0() -> u64 {
+/// The host's XCR0.
+pub fn host_xcr0() -> u64 {
     // SAFETY: AVX needs XGETBV.
     unsafe { std::arch::x86_64::_xgetbv(0) }
 }
