@@ -96,6 +96,7 @@ fn writes(w: Writes) -> String {
         Writes::Bits(bits) => format!("bits {bits:#x}"),
         Writes::Canonical => "canonical addresses".into(),
         Writes::HostOnly => "nothing by a guest".into(),
+        Writes::Lock => "bit 0, once".into(),
         Writes::HostElseDropped => "dropped for a guest".into(),
         Writes::PatTypes | Writes::MtrrTypes => "memory types".into(),
         Writes::MtrrDefType => "type and enable bits".into(),

@@ -191,6 +191,9 @@ fn write_kept(
     }
     match k.writes {
         Writes::HostOnly if access == Access::Guest => return Err(Refused),
+        Writes::Lock if access == Access::Guest && *(k.field)(&mut s.msr) & 1 != 0 => {
+            return Err(Refused);
+        }
         Writes::HostElseDropped if access == Access::Guest => return Ok(()),
         writes => writes.check(value, cpuid.has_la57())?,
     }
@@ -275,6 +278,18 @@ mod tests {
         all.sort_unstable();
         all.dedup();
         assert_eq!(all.len(), n);
+    }
+
+    #[test]
+    fn feature_control_is_locked_once() {
+        let cpuid = CpuidTable::default();
+        let mut s = CpuState::new();
+        let mut set = |value, access| write(&mut s, &cpuid, i::FEATURE_CONTROL, value, access);
+        assert_eq!(set(5, Access::Guest), Some(Err(Refused)));
+        assert_eq!(set(1, Access::Guest), Some(Ok(())));
+        assert_eq!(set(1, Access::Guest), Some(Err(Refused)));
+        assert_eq!(set(0, Access::Host), Some(Ok(())));
+        assert_eq!(set(1, Access::Guest), Some(Ok(())));
     }
 
     #[test]

@@ -20,6 +20,9 @@ pub enum Writes {
     HostOnly,
     /// Anything by the owner; a guest's writes are dropped.
     HostElseDropped,
+    /// The lock, bit 0; nothing by a guest while it is set (SDM Vol. 3, 24.7: IA32_FEATURE_CONTROL,
+    /// whose other bits belong to features that there are not).
+    Lock,
     /// Eight memory types (SDM Vol. 3, 12.12.2).
     PatTypes,
     /// Eight memory types of the MTRRs (SDM Vol. 3, 12.11.2.2).
@@ -94,7 +97,7 @@ pub(super) const STATE: &[Kept] = &[
     kept("LASTBRANCHTOIP", i::LAST_BRANCH_TO, Writes::HostOnly, &[], |m| &mut m.last_branch_to),
     kept("LASTINTFROMIP", i::LAST_INT_FROM, Writes::HostOnly, &[], |m| &mut m.last_int_from),
     kept("LASTINTTOIP", i::LAST_INT_TO, Writes::HostOnly, &[], |m| &mut m.last_int_to),
-    kept("IA32_FEATURE_CONTROL", i::FEATURE_CONTROL, Writes::HostOnly, &[], |m| &mut m.feature_control),
+    kept("IA32_FEATURE_CONTROL", i::FEATURE_CONTROL, Writes::Lock, &[], |m| &mut m.feature_control),
     kept("IA32_BIOS_SIGN_ID", i::UCODE_REV, Writes::HostElseDropped, &[], |m| &mut m.ucode_rev),
     kept("MSR_PLATFORM_INFO", i::PLATFORM_INFO, Writes::HostOnly, &[], |m| &mut m.platform_info),
     kept("IA32_UMWAIT_CONTROL", i::UMWAIT_CONTROL, Writes::Bits(0xffff_fffd), &[feature::WAITPKG], |m| &mut m.umwait_control),
@@ -283,6 +286,7 @@ impl Writes {
     pub(super) fn check(self, value: u64, la57: bool) -> Result<(), Refused> {
         let good = match self {
             Self::Bits(bits) => value & !bits == 0,
+            Self::Lock => value & !1 == 0,
             Self::Canonical => is_canonical(value, la57),
             Self::PatTypes => value
                 .to_le_bytes()
