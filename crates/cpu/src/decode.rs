@@ -180,8 +180,12 @@ fn goes_on(bytes: &[u8], mode: Mode) -> bool {
         ) || mode.code64() && b & 0xf0 == 0x40
     };
     let prefixes: Vec<u8> = bytes.iter().copied().take_while(is_prefix).collect();
+    // Of F2 and F3 the last one counts.
+    let repeat = |b: &u8| matches!(b, 0xf2 | 0xf3);
     let idle = prefixes.iter().enumerate().position(|(i, b)| {
-        !matches!(b, 0x66 | 0x67 | 0xf2 | 0xf3 | 0x40..=0x4f) || prefixes[..i].contains(b)
+        !matches!(b, 0x66 | 0x67 | 0xf2 | 0xf3 | 0x40..=0x4f)
+            || prefixes[..i].contains(b)
+            || repeat(b) && prefixes[i + 1..].iter().any(repeat)
     });
     let Some(idle) = idle else {
         return true;

@@ -192,7 +192,8 @@ pub const TOLERATED: &[Tolerated] = &[
                 M::Xrstor,
                 M::Xrstor64,
             ];
-            s.is(&loads) && s.vectors() == (None, Some(v::GP)) && s.host.state.mxcsr >> 17 & 1 != 0
+            // On the host the code behind it goes on.
+            s.is(&loads) && s.vectors().1 == Some(v::GP) && s.host.state.mxcsr >> 17 & 1 != 0
         },
     },
     Tolerated {
@@ -320,6 +321,17 @@ pub const TOLERATED: &[Tolerated] = &[
         },
     },
     Tolerated {
+        name: "OF of long rotations through CF",
+        reason: "undefined for counts above 1 (SDM Vol. 2, RCL); where the count is a multiple of the \
+                 width with CF, iced-x86 takes it for unchanged, and AMD's processors leave now this and \
+                 now that",
+        applies: |s| {
+            s.is(&[M::Rcl, M::Rcr])
+                && s.only(&["rflags"])
+                && s.differences.iter().all(|d| d.is_bit(11))
+        },
+    },
+    Tolerated {
         name: "RSP behind PUSH in an EVEX-encoded instruction",
         reason: "AMD's processors (Zen 4) read RSP as it was before the PUSH, POP or CALL in front of an \
                  instruction whose EVEX.X is set beside a general register, where it means nothing",
@@ -389,14 +401,16 @@ pub const TOLERATED: &[Tolerated] = &[
     },
     Tolerated {
         name: "bits of EVEX and opmask encodings",
-        reason: "EVEX.b without a memory operand or a use for it, EVEX.z without a mask, and numbers \
-                 of opmask registers above 7, are #UD by SDM Vol. 2, 2.7.11; AMD's processors \
-                 ignore them",
+        reason: "EVEX.b without a memory operand or a use for it, EVEX.z without a mask, EVEX.V' outside \
+                 64-bit mode, and numbers of opmask registers above 7, are #UD by SDM Vol. 2, \
+                 2.7.11; AMD's processors ignore them",
         applies: |s| {
             let opmask = |op: u8| matches!(op, 0x30..=0x33 | 0x41..=0x4b | 0x90..=0x99);
             let ignored = match s.opcode() {
                 [0x62, _, _, p2, _, modrm, ..] => {
-                    p2 & 0x10 != 0 && *modrm >= 0xc0 || p2 & 0x87 == 0x80
+                    p2 & 0x10 != 0 && *modrm >= 0xc0
+                        || p2 & 0x87 == 0x80
+                        || s.case.bits == 32 && p2 & 8 == 0
                 }
                 [0xc5, _, op, ..] | [0xc4, _, _, op, ..] => opmask(*op),
                 _ => false,
