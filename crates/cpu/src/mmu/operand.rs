@@ -172,10 +172,10 @@ impl Cpu {
         const BYTES: usize = 16;
         let offset = self.effective_address(insn);
         let linear = self.linear(insn.seg, offset, BYTES, true)?;
-        self.check_range(linear, BYTES, is_stack(insn.seg))?;
         if !linear.is_multiple_of(BYTES as u64) {
             return Err(self.gp0());
         }
+        self.check_range(linear, BYTES, is_stack(insn.seg))?;
         if let Some(host) = self.tlb.write(self.tlb.set, linear, BYTES) {
             // SAFETY: a TLB hit is RAM of the map this processor holds.
             return Ok(unsafe { access::compare_exchange_16(host, expected, new) }.0);
