@@ -83,8 +83,8 @@ fn go_to(b: &mut Block, insn: &Insn, site: Site) -> Result<(), IcedError> {
     };
     b.a.load(SCRATCH, slot(Slot::Page))?;
     b.a.lea(SCRATCH, at(SCRATCH, displacement.into()))?;
-    let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
+    let misses = look_up(&mut b.a)?;
+    b.leave_from(misses, site);
     jump_to_entry(&mut b.a)
 }
 
@@ -92,10 +92,10 @@ fn go_to(b: &mut Block, insn: &Insn, site: Site) -> Result<(), IcedError> {
 pub(crate) fn jump_relative(b: &mut Block, offset: i64) -> Result<(), IcedError> {
     b.a.load(SCRATCH, slot(Slot::Page))?;
     b.a.lea(SCRATCH, at(SCRATCH, offset))?;
-    let miss = look_up(&mut b.a)?;
+    let misses = look_up(&mut b.a)?;
     let exit = b.new_exit(Wish::Request);
     b.cold.push(Cold {
-        holes: vec![miss],
+        holes: misses,
         flags: Flags::Host(None),
         offset,
         exit,
@@ -121,24 +121,29 @@ fn index(a: &mut Asm) -> Result<(), IcedError> {
         Register::ECX,
         Register::R15W,
     )?)?;
-    // Entries have 16 bytes.
-    a.lea(POINTER, MemoryOperand::with_base_index(POINTER, POINTER))
+    // Entries have 32 bytes.
+    a.lea(POINTER, crate::asm::indexed(Register::None, POINTER, 4, 0))
 }
 
 /// Asks the jump cache for the RIP in R15, which is put into [`Slot::Target`] too. Leaves the flags
-/// alone; destroys RCX. Returns the branch to be taken if it is not known.
-fn look_up(a: &mut Asm) -> Result<Hole, IcedError> {
+/// alone; destroys RCX. Returns the branches to be taken if it is not known.
+fn look_up(a: &mut Asm) -> Result<Vec<Hole>, IcedError> {
     a.store(slot(Slot::Target), SCRATCH)?;
     index(a)?;
-    a.load(POINTER, jump_entry(Slot::Jumps))?;
-    a.lea(POINTER, MemoryOperand::with_base_index(POINTER, SCRATCH))?;
-    a.load(SCRATCH, slot(Slot::Key))?;
+    a.load(SCRATCH, jump_entry(Slot::JumpKey))?;
+    a.load(POINTER, slot(Slot::Key))?;
     a.lea(POINTER, MemoryOperand::with_base_index(POINTER, SCRATCH))?;
     a.load(SCRATCH, slot(Slot::Target))?;
     let hit = a.jrcxz();
-    let miss = a.jmp();
+    let other_key = a.jmp();
     a.land_short(hit);
-    Ok(miss)
+    index(a)?;
+    a.load(POINTER, jump_entry(Slot::JumpRip))?;
+    a.lea(POINTER, MemoryOperand::with_base_index(POINTER, SCRATCH))?;
+    let hit = a.jrcxz();
+    let other_rip = a.jmp();
+    a.land_short(hit);
+    Ok(vec![other_key, other_rip])
 }
 
 /// Jumps to the entry that [`look_up`] found, R15 being RIP still.
@@ -191,8 +196,8 @@ fn call(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     };
     b.a.load(SCRATCH, slot(Slot::Page))?;
     b.a.lea(SCRATCH, at(SCRATCH, displacement.into()))?;
-    let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
+    let misses = look_up(&mut b.a)?;
+    b.leave_from(misses, site);
     keep_entry(&mut b.a)?;
     push_return(b, site)?;
     jump_to_kept_entry(&mut b.a)?;
@@ -227,8 +232,8 @@ fn jump_indirect(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedErr
     if !load_target(b, insn, site)? {
         return Ok(Done::Unsupported);
     }
-    let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
+    let misses = look_up(&mut b.a)?;
+    b.leave_from(misses, site);
     jump_to_entry(&mut b.a)?;
     Ok(Done::Ends)
 }
@@ -237,8 +242,8 @@ fn call_indirect(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedErr
     if !load_target(b, insn, site)? {
         return Ok(Done::Unsupported);
     }
-    let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
+    let misses = look_up(&mut b.a)?;
+    b.leave_from(misses, site);
     keep_entry(&mut b.a)?;
     push_return(b, site)?;
     jump_to_kept_entry(&mut b.a)?;
@@ -259,8 +264,8 @@ fn ret(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     let from = memory::operand(&mut b.a, &address, false)?;
     b.access(exit);
     b.a.load(SCRATCH, from)?;
-    let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
+    let misses = look_up(&mut b.a)?;
+    b.leave_from(misses, site);
     b.flags.before_write(&mut b.a, bit(GUEST_RSP))?;
     b.a.lea(GUEST_RSP, at(GUEST_RSP, 8 + drop))?;
     jump_to_entry(&mut b.a)?;

@@ -96,8 +96,7 @@ pub struct Jit {
 // SAFETY: the raw pointers in `Shared` are set before each entry and used only during it.
 unsafe impl Send for Jit {}
 
-/// Keys of the jump cache. A key is even and not 0, in the upper 16 bits; canonical RIPs have those
-/// bits all equal, so no sum of one with a key equals another such sum or 0.
+/// Keys of the jump cache: a number, never 0 and never used twice, for each mode, address space and epoch.
 #[derive(Debug, Default)]
 struct Keys {
     known: std::collections::HashMap<(u64, u64), u64>,
@@ -105,8 +104,8 @@ struct Keys {
     current: ((u64, u64), u64),
 }
 
-const KEY_STEP: u64 = 2 << 48;
-const LAST_KEY: u64 = 0xfffc << 48;
+/// Most keys remembered.
+const KEYS: usize = 1 << 14;
 
 /// The host lacks what translated code needs.
 fn supported() -> bool {
@@ -161,12 +160,10 @@ impl Jit {
     }
 
     fn new_key(&mut self, now: (u64, u64)) -> u64 {
-        if self.keys.last >= LAST_KEY {
-            self.forget_keys();
-            self.shared.forget_jumps();
-            self.keys.last = 0;
+        if self.keys.known.len() >= KEYS {
+            self.keys.known.clear();
         }
-        self.keys.last += KEY_STEP;
+        self.keys.last += 1;
         self.keys.known.insert(now, self.keys.last);
         self.keys.last
     }
@@ -337,13 +334,11 @@ impl Translator for Jit {
         let mut entry = t.outer;
         // Outer entries load what they need; places to resume expect what the block needs.
         let mut level = Level::None;
-        // With 57-bit addresses the upper bits are not free for the key.
-        if (rip as i64) << 16 >> 16 == rip as i64 {
-            *self.shared.jump_mut(rip) = shared::Jump {
-                negated: rip.wrapping_add(key).wrapping_neg(),
-                code: entry,
-            };
-        }
+        *self.shared.jump_mut(rip) = shared::Jump {
+            negated_key: key.wrapping_neg(),
+            negated_rip: rip.wrapping_neg(),
+            code: entry,
+        };
         loop {
             if !self.enter(cpu, entry, key, level) {
                 return Ok(());

@@ -8,12 +8,15 @@ use anykvm_cpu::state::CpuState;
 /// Entries of the jump cache: one for each value of RIP's low 16 bits, which need no shift to take.
 pub const JUMPS: usize = 1 << 16;
 
-/// One entry of the jump cache: good if `negated + RIP + key == 0`.
+/// One entry of the jump cache: good for one RIP under one key. Both are kept as their two's complements,
+/// because a sum can be tested for zero without touching the flags.
 #[derive(Clone, Copy, Debug)]
-#[repr(C)]
+#[repr(C, align(32))]
 pub struct Jump {
-    /// Two's complement of RIP plus the key.
-    pub negated: u64,
+    /// The key; 0 in an empty entry, which no key is.
+    pub negated_key: u64,
+    /// RIP.
+    pub negated_rip: u64,
     /// Entry point of the translation; it expects RIP in R15.
     pub code: u64,
 }
@@ -54,7 +57,8 @@ pub struct Shared {
     pub state: *mut CpuState,
     /// Zero when the processor is wanted in the run loop.
     pub go: *const AtomicU32,
-    /// Added to RIP in the jump cache's tags: mode, address space and epoch.
+    /// What an entry of the jump cache must have been made under: a number for mode, address space and
+    /// epoch.
     pub key: u64,
     /// Instructions executed by translated code.
     pub instructions: u64,
@@ -103,8 +107,9 @@ pub enum Slot {
     AllowAvx512 = 200,
     HostMxcsr = 208,
     Load = 216,
-    Jumps = 224,
-    JumpCode = 232,
+    JumpKey = 224,
+    JumpRip = 232,
+    JumpCode = 240,
 }
 
 const _: () = {
@@ -116,13 +121,14 @@ const _: () = {
     assert!(offset_of!(Shared, instructions) == Slot::Instructions as usize);
     assert!(offset_of!(Shared, live) == Slot::LiveSse as usize);
     assert!(offset_of!(Shared, load) == Slot::Load as usize);
-    assert!(offset_of!(Shared, jumps) == Slot::Jumps as usize);
-    assert!(offset_of!(Jump, code) == 8);
+    assert!(offset_of!(Shared, jumps) == Slot::JumpKey as usize);
+    assert!(Slot::JumpRip as usize - Slot::JumpKey as usize == offset_of!(Jump, negated_rip));
+    assert!(Slot::JumpCode as usize - Slot::JumpKey as usize == offset_of!(Jump, code));
+    assert!(size_of::<Jump>() == 32);
 };
 
 impl Shared {
-    /// A zeroed area. A zero tag matches nothing, because keys are even and not 0 (see
-    /// [`crate::Jit`]).
+    /// A zeroed area, the jump cache empty.
     pub fn new() -> Box<Self> {
         // SAFETY: all fields are integers and raw pointers, for which zero is a value; the layout is
         // the type's own.
@@ -138,12 +144,5 @@ impl Shared {
     /// The entry for a RIP.
     pub fn jump_mut(&mut self, rip: u64) -> &mut Jump {
         &mut self.jumps[(rip & (JUMPS as u64 - 1)) as usize]
-    }
-    /// Empties the jump cache.
-    pub fn forget_jumps(&mut self) {
-        self.jumps.fill(Jump {
-            negated: 0,
-            code: 0,
-        });
     }
 }

@@ -164,6 +164,19 @@ fn what_the_processor_may_not_do_is_the_interpreters() {
             a.sub(rcx, rbx)?;
             a.jmp(rbx)
         },
+        // A target whose upper bits alone make it another address than one that is known.
+        |a: &mut CodeAssembler| {
+            let mut f = a.create_label();
+            a.set_label(&mut f)?;
+            a.lea(rbx, ptr(f))?;
+            a.mov(rdx, 0x0006_0000_0000_0000u64)?;
+            a.add(rcx, 1)?;
+            a.test(ecx, 3)?;
+            a.mov(rsi, rbx)?;
+            a.cmove(rsi, rdx)?;
+            a.or(rsi, rbx)?;
+            a.jmp(rsi)
+        },
         |a: &mut CodeAssembler| {
             a.add(rsp, 3)?;
             a.movaps(xmm0, xmmword_ptr(rsp))
