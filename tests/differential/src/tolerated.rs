@@ -308,13 +308,13 @@ pub const TOLERATED: &[Tolerated] = &[
     },
     Tolerated {
         name: "VEX.W that selects no operand size",
-        reason: "whether it is looked at outside 64-bit mode; AMD's processors do not look at that of \
-                 VPERMPD there either, whose W is 1 by the SDM",
+        reason: "whether it is looked at outside 64-bit mode; AMD's processors never look at that of \
+                 VPERMQ and VPERMPD, which is 1 by the SDM",
         applies: |s| {
             let (host, guest) = s.vectors();
             let ud = |v| v == Some(v::UD);
-            let vpermpd = matches!(s.opcode(), [_, m, w, 0x01, ..] if m & 31 == 3 && w & 0x80 == 0);
-            (s.case.bits == 32 || vpermpd)
+            let vperm = matches!(s.opcode(), [_, m, w, 0 | 1, ..] if m & 31 == 3 && w & 0x80 == 0);
+            (s.case.bits == 32 || vperm)
                 && s.opcode().first() == Some(&0xc4)
                 && (ud(host) || ud(guest))
                 && s.differences.iter().any(|d| d.what == "end")
