@@ -4,8 +4,8 @@
 //! An access that needs an answer (port in, MMIO read, MSR, hypercall) leaves with RIP at the
 //! instruction; on re-entry the instruction runs again from its decoded form, and finds the answers
 //! given so far. A port out or MSR write waits for its re-entry in the same way. A store to MMIO has
-//! retired when its exit is seen; what is left of it (fragments of 8 bytes) follows in further exits.
-//! If RIP was moved in between, the rest is dropped.
+//! retired when its exit is seen (and OUT to port 0x7E, by a quirk of KVM's); what is left of it
+//! (fragments of 8 bytes) follows in further exits. If RIP was moved in between, the rest is dropped.
 
 use std::collections::VecDeque;
 
@@ -22,6 +22,17 @@ struct Fragment {
     gpa: u64,
     len: u8,
     data: [u8; 8],
+}
+
+/// A write whose exit is seen after its instruction has retired.
+#[derive(Clone, Copy, Debug)]
+enum Write {
+    Memory(Fragment),
+    /// A port; the data is in [`Io::data`].
+    Port {
+        port: u16,
+        size: u8,
+    },
 }
 
 /// What user space answered to the exit that waits.
@@ -48,7 +59,7 @@ pub struct Io {
     wanted: Option<Fragment>,
     reads: Vec<Fragment>,
     cursor: usize,
-    writes: VecDeque<Fragment>,
+    writes: VecDeque<Write>,
     writes_rip: u64,
 }
 
@@ -182,7 +193,7 @@ impl Cpu {
                     data: [0; 8],
                 };
                 f.data[..piece.len()].copy_from_slice(piece);
-                self.io.writes.push_back(f);
+                self.io.writes.push_back(Write::Memory(f));
             }
             at += piece.len() as u64;
         }
@@ -191,11 +202,11 @@ impl Cpu {
         self.leave_block();
     }
 
-    /// The instruction that made MMIO writes has retired: RIP to compare with on re-entry.
+    /// The instruction that made these writes has retired: RIP to compare with on re-entry.
     pub(crate) fn note_writes_retired(&mut self) {
         self.io.writes_rip = self.state.rip();
     }
-    /// The next MMIO write exit, if any is left and RIP was not moved.
+    /// The exit of the next write, if any is left and RIP was not moved.
     pub(crate) fn next_write(&mut self) -> Option<Exit> {
         if self.io.writes.is_empty() {
             return None;
@@ -204,12 +215,26 @@ impl Cpu {
             self.io.writes.clear();
             return None;
         }
-        let f = self.io.writes.pop_front()?;
-        Some(Exit::MmioWrite {
-            gpa: f.gpa,
-            len: f.len,
-            data: f.data,
+        Some(match self.io.writes.pop_front()? {
+            Write::Memory(f) => Exit::MmioWrite {
+                gpa: f.gpa,
+                len: f.len,
+                data: f.data,
+            },
+            Write::Port { port, size } => Exit::Io {
+                direction: Direction::Out,
+                size,
+                port,
+                count: 1,
+            },
         })
+    }
+
+    /// A port write with its data in `io.data`, as an exit after the instruction.
+    pub(crate) fn port_write_retires(&mut self, port: u16, size: usize) {
+        let size = size as u8;
+        self.io.writes.push_back(Write::Port { port, size });
+        self.leave_block();
     }
 
     /// For handlers of port output and the like: true if the exit of this very instruction was

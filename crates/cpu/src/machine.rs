@@ -35,6 +35,8 @@ pub enum Quirk {
     MwaitNeverFaults,
     /// CPUID's MONITOR flag does not follow IA32_MISC_ENABLE: `KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT`.
     MwaitOfCpuid,
+    /// OUT to port 0x7E has retired when its exit is seen: `KVM_X86_QUIRK_OUT_7E_INC_RIP`.
+    Out7eRetires,
     /// The other vendor's VMCALL or VMMCALL is rewritten: `KVM_X86_QUIRK_FIX_HYPERCALL_INSN`.
     FixHypercall,
 }

@@ -20,6 +20,9 @@ use Value::{Is, Of};
 
 /// KVM_CAP_MCE: banks.
 pub const MCE_BANKS: u32 = 32;
+/// Quirks that can be turned off. CD_NW_CLEARED is about the cache mode that hardware takes from CR0, not
+/// about what the guest reads there; there are no caches here, so turning it off is granted with nothing
+/// to do.
 const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED
     | KVM_X86_QUIRK_CD_NW_CLEARED
     | KVM_X86_QUIRK_LAPIC_MMIO_HOLE

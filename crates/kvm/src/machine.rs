@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use anykvm_abi::{
     KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
     KVM_X86_QUIRK_FIX_HYPERCALL_INSN, KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT,
-    KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS,
+    KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS, KVM_X86_QUIRK_OUT_7E_INC_RIP,
 };
 use anykvm_cpu::cpuid::feature;
 use anykvm_cpu::machine::{Hypercall, MsrResult, Quirk};
@@ -354,6 +354,7 @@ impl Machine for VcpuMachine {
         self.vm.enabled().has_quirk(match quirk {
             Quirk::MwaitNeverFaults => KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS,
             Quirk::MwaitOfCpuid => KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT,
+            Quirk::Out7eRetires => KVM_X86_QUIRK_OUT_7E_INC_RIP,
             Quirk::FixHypercall => KVM_X86_QUIRK_FIX_HYPERCALL_INSN,
         })
     }

@@ -9,6 +9,7 @@ use crate::cpu::Cpu;
 use crate::decode::{Handler, Insn, segment_code};
 use crate::exit::{Direction, Stop};
 use crate::io::DATA_BYTES;
+use crate::machine::Quirk;
 use crate::memory::PAGE;
 use crate::memory::access::Ram;
 use crate::mode::Mode;
@@ -128,11 +129,17 @@ fn output<T: Ram>(cpu: &mut Cpu, port: u16) -> Result<(), Stop> {
     let value = cpu.state.regs[reg::RAX].to_le_bytes();
     if !cpu.take_done() && !cpu.machine.pio_write(port, &value[..T::BYTES]) {
         cpu.io.data[..T::BYTES].copy_from_slice(&value[..T::BYTES]);
-        return Err(cpu.exit_io(Direction::Out, T::BYTES, port, 1));
+        if port != RETIRING_PORT || !cpu.machine.has_quirk(Quirk::Out7eRetires) {
+            return Err(cpu.exit_io(Direction::Out, T::BYTES, port, 1));
+        }
+        cpu.port_write_retires(port, T::BYTES);
     }
     cpu.note_io(port, T::BYTES);
     Ok(())
 }
+
+/// The port of [`Quirk::Out7eRetires`].
+const RETIRING_PORT: u16 = 0x7e;
 
 /// Mask of the address size of a string instruction.
 fn address_mask(insn: &Insn) -> u64 {

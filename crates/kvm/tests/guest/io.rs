@@ -1,6 +1,9 @@
 //! Writes that do not leave KVM_RUN.
 
-use anykvm::bindings::{Plain, kvm_coalesced_mmio};
+use anykvm::bindings::{
+    KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_OUT_7E_INC_RIP, Plain, kvm_coalesced_mmio,
+    kvm_enable_cap,
+};
 use anykvm::{IoEventAddress, NoDatamatch, Object, VcpuExit};
 use anykvm_cpu::memory::mapping::Mapping;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -131,4 +134,41 @@ fn a_broken_ring_is_not_used() {
         vcpu.run().unwrap(),
         VcpuExit::MmioWrite(0x9000, [0])
     ));
+}
+
+/// KVM_X86_QUIRK_OUT_7E_INC_RIP (KVM API, 7.32): RIP is past the instruction when the exit is seen; without
+/// the quirk, and for every other port, when the next entry completes it.
+#[test]
+fn an_out_to_port_7e_has_retired_at_its_exit() {
+    for (quirk, port, retired) in [
+        (true, 0x7e, true),
+        (false, 0x7e, false),
+        (true, 0x7f, false),
+    ] {
+        let guest = Guest::new();
+        if !quirk {
+            let mut cap = kvm_enable_cap {
+                cap: KVM_CAP_DISABLE_QUIRKS2,
+                ..Default::default()
+            };
+            cap.args[0] = KVM_X86_QUIRK_OUT_7E_INC_RIP.into();
+            guest.vm.enable_cap(&cap).unwrap();
+        }
+        // mov al, 5; out port, al; mov al, 6; out port, al; hlt
+        let mut vcpu = guest.vcpu(&[0xb0, 5, 0xe6, port, 0xb0, 6, 0xe6, port, 0xf4]);
+        let start = vcpu.get_regs().unwrap().rip;
+        for n in 0..2 {
+            match vcpu.run().unwrap() {
+                VcpuExit::IoOut(at, data) => assert_eq!((at, data), (port.into(), &[5 + n][..])),
+                other => panic!("{other:?}"),
+            }
+            let out = u64::from(n) * 4 + if retired { 4 } else { 2 };
+            assert_eq!(
+                vcpu.get_regs().unwrap().rip,
+                start + out,
+                "{quirk} {port:#x}"
+            );
+        }
+        assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
+    }
 }
