@@ -9,7 +9,7 @@ use iced_x86::{Code, FlowControl, IcedError, Instruction, MemoryOperand, OpKind,
 
 use crate::asm::{Asm, Hole, at, slot};
 use crate::flags::Flags;
-use crate::memory::{self, Address, Use};
+use crate::memory::{Address, Use};
 use crate::regs::{GUEST_RSP, Home, POINTER, SCRATCH, bit, home};
 use crate::shared::Slot;
 use crate::translate::{Block, Cold, Done, Site, Wish};
@@ -170,14 +170,12 @@ fn jump_to_kept_entry(a: &mut Asm) -> Result<(), IcedError> {
 /// Pushes the return address; leaves the flags in the host's.
 fn push_return(b: &mut Block, site: Site) -> Result<(), IcedError> {
     let address = Address::stack(GUEST_RSP, -8);
-    b.flags.release(&mut b.a)?;
-    let misses = memory::check(&mut b.a, &address, 8, Use::Write, false)?;
-    let exit = b.leave_from(misses, site);
+    let checked = b.check(&address, 8, Use::Write, site)?;
     b.flags.restore(&mut b.a)?;
-    let to = memory::operand(&mut b.a, &address, false)?;
+    let to = b.operand(&checked, false)?;
     b.a.load(SCRATCH, slot(Slot::Page))?;
     b.a.lea(SCRATCH, at(SCRATCH, site.next))?;
-    b.access(exit);
+    b.access(&checked);
     b.a.store(to, SCRATCH)?;
     b.a.lea(GUEST_RSP, at(GUEST_RSP, -8))?;
     b.flags = Flags::Host(None);
@@ -217,12 +215,10 @@ fn load_target(b: &mut Block, insn: &Insn, site: Site) -> Result<bool, IcedError
     let Some(address) = Address::of(insn, site.next).filter(Address::is_plain) else {
         return Ok(false);
     };
-    b.flags.release(&mut b.a)?;
-    let misses = memory::check(&mut b.a, &address, 8, Use::Read, false)?;
-    let exit = b.leave_from(misses, site);
+    let checked = b.check(&address, 8, Use::Read, site)?;
     b.flags.restore(&mut b.a)?;
-    let from = memory::operand(&mut b.a, &address, false)?;
-    b.access(exit);
+    let from = b.operand(&checked, false)?;
+    b.access(&checked);
     b.a.load(SCRATCH, from)?;
     Ok(true)
 }
@@ -257,12 +253,10 @@ fn ret(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
         0
     };
     let address = Address::stack(GUEST_RSP, 0);
-    b.flags.release(&mut b.a)?;
-    let misses = memory::check(&mut b.a, &address, 8, Use::Read, false)?;
-    let exit = b.leave_from(misses, site);
+    let checked = b.check(&address, 8, Use::Read, site)?;
     b.flags.restore(&mut b.a)?;
-    let from = memory::operand(&mut b.a, &address, false)?;
-    b.access(exit);
+    let from = b.operand(&checked, false)?;
+    b.access(&checked);
     b.a.load(SCRATCH, from)?;
     let misses = look_up(&mut b.a)?;
     b.leave_from(misses, site);

@@ -6,7 +6,7 @@ use iced_x86::{Code, IcedError, Instruction, Mnemonic, OpKind, Register};
 
 use crate::asm::{at, slot};
 use crate::flags::Flags;
-use crate::memory::{self, Address, Use};
+use crate::memory::{Address, Use};
 use crate::regs::{Home, POINTER, SCRATCH, home};
 use crate::translate::{Block, Done, Site};
 
@@ -26,13 +26,13 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
     };
     b.flags.release(&mut b.a)?;
     let before = b.flags.clone();
-    let mut holes = Vec::new();
     let mut load = None;
     if let Some(address) = &address {
         let size = if wide { 8 } else { 4 };
-        holes = memory::check(&mut b.a, address, size, Use::Read, false)?;
-        let from = memory::operand(&mut b.a, address, true)?;
-        load = Some(b.a.here());
+        let checked = b.check(address, size, Use::Read, site)?;
+        let from = b.operand(&checked, true)?;
+        b.access(&checked);
+        load = Some(checked.exit);
         let (code, to) = if wide {
             (Code::Mov_r64_rm64, SCRATCH)
         } else {
@@ -46,15 +46,13 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
         }
     }
     let signed = raw.mnemonic() == Mnemonic::Idiv;
+    let mut holes = Vec::new();
     if signed {
         check_signed(b, wide, &mut holes)?;
     } else {
         check_unsigned(b, wide, &mut holes)?;
     }
     let exit = b.leave_from(holes, site);
-    if let Some(at) = load {
-        b.access_at(at, exit);
-    }
     // A recipe would need the register that holds the divisor.
     match before {
         Flags::Kept => b.flags.restore(&mut b.a)?,
@@ -68,7 +66,9 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
     };
     b.a.put(&Instruction::with1(code, divisor)?)?;
     b.flags = Flags::Host(None);
-    b.resume_here(exit);
+    for exit in load.into_iter().chain([exit]) {
+        b.resume_here(exit);
+    }
     Ok(Done::Next)
 }
 

@@ -9,6 +9,7 @@
 //! [`Jit`] keeps the translations of one processor: when a block becomes hot, how blocks are linked,
 //! and when translations are dropped.
 
+mod access;
 mod asm;
 mod branch;
 mod cache;

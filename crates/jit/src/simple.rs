@@ -5,7 +5,7 @@ use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, RflagsBits};
 
 use crate::asm::slot;
 use crate::flags::{Flags, recipe, wants_operand};
-use crate::memory::{self, Use};
+use crate::memory::Use;
 use crate::plan::{Plan, set_memory};
 use crate::regs::{GUEST_RCX, POINTER};
 use crate::shared::Slot;
@@ -188,13 +188,11 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
         return Ok(Done::Unsupported);
     };
     let mut out = plan.insn;
-    let mut exit = None;
+    let mut checked = None;
     if let Some((address, usage, size)) = &plan.memory {
-        b.flags.release(&mut b.a)?;
         // A locked access that crosses a cache line is slow on the host or forbidden there.
         let aligned = *usage == Use::Atomic || *size >= 16 && may_need_alignment(raw);
-        let misses = memory::check(&mut b.a, address, *size, *usage, aligned)?;
-        exit = Some(b.leave_from(misses, site));
+        checked = Some(b.check_aligned(address, *size, *usage, aligned, site)?);
     }
     let reads_flags = raw.rflags_read() & STATUS != 0;
     let changes_flags = raw.rflags_modified() & STATUS != 0;
@@ -205,9 +203,9 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
     if !changes_flags {
         b.flags.before_write(&mut b.a, plan.written)?;
     }
-    if let Some((address, ..)) = &plan.memory {
+    if let Some(checked) = &checked {
         let whole = plan.spilled.is_some() || plan.legacy_registers_only;
-        let operand = memory::operand(&mut b.a, address, whole)?;
+        let operand = b.operand(checked, whole)?;
         set_memory(&mut out, operand);
     } else if let Some(lea) = &plan.lea {
         lea.emit(b)?;
@@ -224,8 +222,8 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
         let full = out.op0_register().full_register();
         b.a.store(slot(Slot::Operand), full)?;
     }
-    if let Some(exit) = exit {
-        b.access(exit);
+    if let Some(checked) = &checked {
+        b.access(checked);
     }
     b.a.put(&out)?;
     for s in plan.spills().filter(|s| s.written) {
@@ -238,8 +236,8 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
             None
         });
     }
-    if let Some(exit) = exit {
-        b.resume_here(exit);
+    if let Some(checked) = checked {
+        b.resume_here(checked.exit);
     }
     Ok(Done::Next)
 }

@@ -3,9 +3,9 @@
 use anykvm_cpu::Insn;
 use iced_x86::{Code, IcedError, Instruction, Register};
 
-use crate::asm::{at, indexed, slot};
-use crate::memory::{self, Address, Use};
-use crate::regs::{GUEST_RSP, Home, POINTER, SCRATCH, bit, home};
+use crate::asm::{at, slot};
+use crate::memory::{Address, Use};
+use crate::regs::{GUEST_RSP, Home, SCRATCH, bit, home};
 use crate::translate::{Block, Done, Site};
 
 /// Emits PUSH.
@@ -18,10 +18,8 @@ pub(crate) fn push(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
         _ => return Ok(Done::Unsupported),
     };
     let address = Address::stack(GUEST_RSP, -8);
-    b.flags.release(&mut b.a)?;
-    let misses = memory::check(&mut b.a, &address, 8, Use::Write, false)?;
-    let exit = b.leave_from(misses, site);
-    let to = memory::operand(&mut b.a, &address, false)?;
+    let checked = b.check(&address, 8, Use::Write, site)?;
+    let to = b.operand(&checked, false)?;
     let from = match home(raw.op0_register().number()) {
         Home::Host(r) => r,
         Home::Spilled(s) => {
@@ -31,14 +29,14 @@ pub(crate) fn push(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
             SCRATCH
         }
     };
-    b.access(exit);
+    b.access(&checked);
     match immediate {
         Some(v) => b.a.put(&Instruction::with2(C::Mov_rm64_imm32, to, v)?)?,
         None => b.a.store(to, from)?,
     }
     b.flags.before_write(&mut b.a, bit(GUEST_RSP))?;
     b.a.lea(GUEST_RSP, at(GUEST_RSP, -8))?;
-    b.resume_here(exit);
+    b.resume_here(checked.exit);
     Ok(Done::Next)
 }
 
@@ -50,17 +48,15 @@ pub(crate) fn pop(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedEr
     }
     let rsp = GUEST_RSP;
     let address = Address::stack(rsp, 0);
-    b.flags.release(&mut b.a)?;
-    let misses = memory::check(&mut b.a, &address, 8, Use::Read, false)?;
-    let exit = b.leave_from(misses, site);
+    let checked = b.check(&address, 8, Use::Read, site)?;
     let target = home(raw.op0_register().number());
     let written = match target {
         Home::Host(r) => bit(r) | bit(rsp),
         Home::Spilled(_) => bit(rsp),
     };
     b.flags.before_write(&mut b.a, written)?;
-    let from = memory::operand(&mut b.a, &address, false)?;
-    b.access(exit);
+    let from = b.operand(&checked, false)?;
+    b.access(&checked);
     match target {
         Home::Host(r) => b.a.load(r, from)?,
         Home::Spilled(s) => {
@@ -71,7 +67,7 @@ pub(crate) fn pop(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedEr
     if target != Home::Host(rsp) {
         b.a.lea(rsp, at(rsp, 8))?;
     }
-    b.resume_here(exit);
+    b.resume_here(checked.exit);
     Ok(Done::Next)
 }
 
@@ -82,14 +78,13 @@ pub(crate) fn leave(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, Iced
     }
     let (rsp, rbp) = (GUEST_RSP, Register::RBP);
     let address = Address::stack(rbp, 0);
-    b.flags.release(&mut b.a)?;
-    let misses = memory::check(&mut b.a, &address, 8, Use::Read, false)?;
-    let exit = b.leave_from(misses, site);
+    let checked = b.check(&address, 8, Use::Read, site)?;
     b.flags.before_write(&mut b.a, bit(rsp) | bit(rbp))?;
-    b.access(exit);
-    b.a.load(SCRATCH, indexed(POINTER, rbp, 1, 0))?;
+    let from = b.operand(&checked, false)?;
+    b.access(&checked);
+    b.a.load(SCRATCH, from)?;
     b.a.lea(rsp, at(rbp, 8))?;
     b.a.mov(rbp, SCRATCH)?;
-    b.resume_here(exit);
+    b.resume_here(checked.exit);
     Ok(Done::Next)
 }

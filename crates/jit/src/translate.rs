@@ -273,13 +273,7 @@ impl Block {
         exit
     }
 
-    /// The next instruction to be emitted accesses guest RAM. If it faults, this exit is taken; nothing
-    /// of the guest's instruction may have happened before it.
-    pub fn access(&mut self, exit: usize) {
-        self.access_at(self.a.here(), exit);
-    }
-
-    /// The same of the instruction at a position.
+    /// The instruction at a position accesses guest RAM. If it faults, this exit is taken.
     pub fn access_at(&mut self, position: usize, exit: usize) {
         self.accesses.push((position, exit));
     }
