@@ -5,21 +5,21 @@ use std::sync::Once;
 use anykvm_cpu::translator::Translator;
 use anykvm_jit::{Jit, Options};
 
-/// The translator that `ANYKVM_JIT` asks for.
+/// The translator that `ANYKVM_JIT` asks for; nothing means `on`.
 ///
-/// - `off`, or nothing: none, the interpreter does everything.
 /// - `on`: blocks that have been interpreted a few times are translated.
+/// - `off`: none, the interpreter does everything.
 /// - `always`: every block is translated before it runs first.
 /// - `count`: as `on`, and the instructions that translated code executes are counted, which costs
 ///   some speed.
 ///
 /// What is wrong with it, or with the host, is said once on stderr.
 pub fn from_env() -> Option<Box<dyn Translator>> {
-    let wish = std::env::var_os("ANYKVM_JIT")?;
+    let wish = std::env::var_os("ANYKVM_JIT").unwrap_or_default();
     let mut options = Options::default();
     match wish.to_str() {
-        Some("" | "off") => return None,
-        Some("on") => {}
+        Some("" | "on") => {}
+        Some("off") => return None,
         Some("always") => options.threshold = 1,
         Some("count") => options.count = true,
         _ => {

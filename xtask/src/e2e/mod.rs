@@ -1,5 +1,8 @@
 //! `cargo xtask test`: the workspace's own tests, then real kernels in `anykvm boot` and in an
 //! unmodified QEMU, each with a time limit; the guest's console of a failed test is kept.
+//!
+//! Guest code is translated, as it is for users, or as `ANYKVM_JIT` in the environment says; some tests
+//! are run with the interpreter alone, and with everything translated before it first runs, in addition.
 
 mod boot;
 mod console;
@@ -14,7 +17,7 @@ pub use stress::{StressArgs, run as stress};
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -89,6 +92,16 @@ struct Finished {
     time: Duration,
 }
 
+/// The packages whose tests `ANYKVM_JIT` makes others of.
+const WAYS: [(&str, &str, &[&str]); 2] = [
+    (
+        "always",
+        "always",
+        &["anykvm-cpu", "anykvm", "anykvm-preload"],
+    ),
+    ("interpreted", "off", &["anykvm", "anykvm-preload"]),
+];
+
 pub fn run(args: &TestArgs) -> Result<ExitCode> {
     let mut tests = vec![Test {
         name: "workspace".to_owned(),
@@ -97,6 +110,23 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
         needs: Needs::Sources,
         body: Box::new(workspace_tests),
     }];
+    for (name, jit, packages) in WAYS {
+        tests.push(Test {
+            name: format!("workspace-{name}"),
+            cpus: usize::MAX,
+            limit: Duration::from_secs(20 * 60),
+            needs: Needs::Sources,
+            body: Box::new(move |bench, test| {
+                let mut command = build::cargo();
+                command.args(["test", "--no-fail-fast"]);
+                command.env("ANYKVM_JIT", jit);
+                for package in packages {
+                    command.args(["--package", package]);
+                }
+                cargo_test(bench, test, &mut command)
+            }),
+        });
+    }
     tests.push(Test {
         name: "differential".to_owned(),
         cpus: 2,
@@ -238,13 +268,13 @@ fn report(bench: &Bench, finished: &[Finished]) -> ExitCode {
 /// Unit tests, API tests and documentation tests of every crate.
 fn workspace_tests(bench: &Bench, test: &Test) -> Result<()> {
     progress("unit and API tests of the workspace");
-    let log = bench.log(test);
-    let outcome = process::run(
-        build::cargo().args(["test", "--workspace", "--no-fail-fast"]),
-        &log,
-        test.limit,
-        &[],
-    )?;
+    let mut command = build::cargo();
+    command.args(["test", "--workspace", "--no-fail-fast"]);
+    cargo_test(bench, test, &mut command)
+}
+
+fn cargo_test(bench: &Bench, test: &Test, command: &mut Command) -> Result<()> {
+    let outcome = process::run(command, &bench.log(test), test.limit, &[])?;
     for line in outcome.output.lines() {
         let line = line.trim_start();
         if line.starts_with("Running") || line.starts_with("Doc-tests") {

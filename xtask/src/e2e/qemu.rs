@@ -56,16 +56,18 @@ pub fn tests() -> Vec<Test> {
             cpus,
             limit: LIMIT,
             needs: Needs::Qemu,
-            body: Box::new(move |bench, test| check(bench, test, machine, irqchip, "off")),
+            body: Box::new(move |bench, test| check(bench, test, machine, irqchip, None)),
         })
         .collect();
-    tests.push(Test {
-        name: "qemu-translated".to_owned(),
-        cpus: 2,
-        limit: LIMIT,
-        needs: Needs::Qemu,
-        body: Box::new(|bench, test| check(bench, test, "q35", Irqchip::On, "on")),
-    });
+    for (name, jit) in [("interpreted", "off"), ("translated-always", "always")] {
+        tests.push(Test {
+            name: format!("qemu-{name}"),
+            cpus: 2,
+            limit: LIMIT,
+            needs: Needs::Qemu,
+            body: Box::new(move |bench, test| check(bench, test, "q35", Irqchip::On, Some(jit))),
+        });
+    }
     for machine in ["microvm", "q35"] {
         tests.push(Test {
             name: format!("qemu-disk-{machine}"),
@@ -144,11 +146,17 @@ pub fn converse(
     Ok(outcome)
 }
 
-/// Boots with `ANYKVM_JIT` set to `jit`.
-fn check(bench: &Bench, test: &Test, machine: &str, irqchip: Irqchip, jit: &str) -> Result<()> {
+/// Boots with `ANYKVM_JIT` set to `jit`, if that says something.
+fn check(
+    bench: &Bench,
+    test: &Test,
+    machine: &str,
+    irqchip: Irqchip,
+    jit: Option<&str>,
+) -> Result<()> {
     let mut command = qemu(bench, test, machine, irqchip, "anykvm.task=check");
     command
-        .env("ANYKVM_JIT", jit)
+        .envs(jit.map(|jit| ("ANYKVM_JIT", jit)))
         .args(["-nic", "none", "-no-reboot"]);
     let outcome = run(bench, test, &mut command)?;
     let console = Console(&outcome.output);

@@ -1,4 +1,7 @@
 //! A machine for the processor's tests: RAM at 0, no devices, ports that record what is written.
+//!
+//! With `ANYKVM_JIT=always` in the environment, code is translated before it runs, so that every test
+//! of the processor is one of translated code, too.
 
 #![allow(dead_code)] // Each test file uses its part of it.
 
@@ -13,6 +16,7 @@ use anykvm_cpu::memory::mapping::Mapping;
 use anykvm_cpu::memory::{GuestMemory, MemoryMap, Slot};
 use anykvm_cpu::state::{Segment, Table, cr0, cr4, efer, reg};
 use anykvm_cpu::{Cpu, CpuState, Exit, Machine, Requests};
+use anykvm_jit::{Jit, Options};
 
 /// Ports 0x500-0x5ff are the machine's own; everything else exits.
 #[derive(Default)]
@@ -93,7 +97,15 @@ impl Computer {
         let slot = Slot::owned(0, 0, size as u64, ram, 0, false, None).unwrap();
         memory.replace(0, MemoryMap::new(vec![Arc::new(slot)]).unwrap(), None);
         let ports = Arc::new(Ports::default());
-        let cpu = Cpu::new(memory.clone(), ports.clone(), Arc::new(Requests::default()));
+        let mut cpu = Cpu::new(memory.clone(), ports.clone(), Arc::new(Requests::default()));
+        if translated() {
+            let jit = Jit::new(Options {
+                cache: 1 << 20,
+                threshold: 1,
+                ..Options::default()
+            });
+            cpu.set_translator(Some(Box::new(jit.unwrap())));
+        }
         Self { cpu, memory, ports }
     }
 
@@ -201,13 +213,20 @@ impl Computer {
         self.memory.read(gpa, &mut b).unwrap();
         u64::from_le_bytes(b)
     }
-    /// Runs until an exit, at most a million instructions.
+    /// Runs until an exit; if nothing is translated, at most a million instructions.
     pub fn run(&mut self) -> Exit {
-        self.cpu.run(1_000_000)
+        // A budget is the interpreter's matter: whoever sets one gets no translated code.
+        self.cpu
+            .run(if translated() { u64::MAX } else { 1_000_000 })
     }
     pub fn reg(&self, code: u8) -> u64 {
         self.cpu.state.regs[code]
     }
+}
+
+/// Whether the environment asks for translated code.
+fn translated() -> bool {
+    std::env::var_os("ANYKVM_JIT").is_some_and(|v| v == "always")
 }
 
 fn flat(s: &mut CpuState, code: u32) {
