@@ -24,6 +24,8 @@ const JUMP_SETS: usize = 128;
 const JUMP_WAYS: usize = 64;
 /// Page-crossing instructions kept.
 const CROSSINGS: usize = 512;
+/// Bits of the filter of pages that code ran from.
+const PAGES: u64 = 1 << 15;
 
 /// One block.
 #[derive(Debug)]
@@ -97,6 +99,10 @@ pub struct BlockCache {
     /// Mode, address space and epoch: what must be the same for a jump-cache entry to be good.
     key: u64,
     epoch: u32,
+    /// How often every jump-cache entry was voided.
+    flushes: u64,
+    /// Hashes of the linear pages that something was remembered for since then.
+    pages: Box<[u64]>,
 }
 
 impl Default for BlockCache {
@@ -108,8 +114,16 @@ impl Default for BlockCache {
             crossings: (0..CROSSINGS).map(|_| None).collect(),
             key: 0,
             epoch: 0,
+            flushes: 0,
+            pages: vec![0; PAGES as usize / 64].into_boxed_slice(),
         }
     }
+}
+
+/// Where a linear page is in the filter: word and bit.
+fn page_bit(linear: u64) -> (usize, u64) {
+    let hash = (linear >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    ((hash / 64 % (PAGES / 64)) as usize, 1 << (hash % 64))
 }
 
 fn slot(rip: u64) -> (usize, usize) {
@@ -133,8 +147,14 @@ impl BlockCache {
     pub fn key(&self) -> u64 {
         self.key
     }
+    /// How often everything that was found by a linear address was voided.
+    pub fn flushes(&self) -> u64 {
+        self.flushes
+    }
     /// Every jump-cache entry is void.
     pub fn forget_jumps(&mut self) {
+        self.flushes += 1;
+        self.pages.fill(0);
         self.epoch = self.epoch.wrapping_add(1);
         if self.epoch == u32::MAX {
             self.epoch = 0;
@@ -142,9 +162,24 @@ impl BlockCache {
         }
         self.key = self.key & 0xffff_ffff | u64::from(self.epoch) << 32;
     }
-    /// The jump-cache entries of one page are void (INVLPG).
+    /// What rests on the translation of one page is void (INVLPG). Most often it holds data, and there is
+    /// nothing.
     pub fn forget_jumps_of_page(&mut self, linear: u64) {
-        self.jumps[slot(linear).0].fill(NO_JUMP);
+        let (word, bit) = page_bit(linear);
+        if self.pages[word] & bit != 0 {
+            self.forget_jumps();
+        }
+    }
+    /// A page-crossing instruction at RIP, which is its linear address, too, is about to run, and may then
+    /// be remembered under this key.
+    pub fn note_crossing(&mut self, rip: u64) -> u64 {
+        self.note_page(rip);
+        self.note_page(rip.wrapping_add(PAGE));
+        self.key
+    }
+    fn note_page(&mut self, linear: u64) {
+        let (word, bit) = page_bit(linear);
+        self.pages[word] |= bit;
     }
     /// The block at this address, if nothing that could have changed it has happened since.
     #[inline(always)]
@@ -153,8 +188,9 @@ impl BlockCache {
         let j = &self.jumps[s][w];
         (j.rip == rip && j.key == self.key && j.code == code).then_some(j.id)
     }
-    /// Remembers a checked block.
+    /// Remembers a checked block. RIP is its linear address, too.
     pub fn remember(&mut self, rip: u64, code: u64, id: BlockId) {
+        self.note_page(rip);
         let (s, w) = slot(rip);
         self.jumps[s][w] = Jump {
             rip,
@@ -176,7 +212,7 @@ impl BlockCache {
         }
         self.crossings[crossing_slot(rip)].take().map(|c| c.insn)
     }
-    /// Remembers a page-crossing instruction.
+    /// Remembers a page-crossing instruction, for which [`BlockCache::note_crossing`] gave the key.
     pub fn put_crossing(&mut self, rip: u64, key: u64, code: u64, insn: Insn) {
         self.crossings[crossing_slot(rip)] = Some(Crossing {
             rip,

@@ -289,7 +289,9 @@ impl Cpu {
             },
         };
         // Before it runs: it may change the mode or the address space.
-        let key = self.cacheable_by_rip().then(|| self.blocks.key());
+        let key = self
+            .cacheable_by_rip()
+            .then(|| self.blocks.note_crossing(rip));
         let done = self.execute_one(&insn, rip);
         if let Some(key) = key {
             self.blocks.put_crossing(rip, key, code, insn);

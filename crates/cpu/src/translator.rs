@@ -108,10 +108,14 @@ impl Cpu {
         self.check_events || self.requests.pending() != 0
     }
 
-    /// Mode, address space and epoch in one word: what was found at a RIP under one key need not
-    /// hold under another.
-    pub fn code_key(&self) -> u64 {
-        self.blocks.key()
+    /// How often everything that was found by a linear address was voided: by a flush of the TLB, INVLPG
+    /// of a page with code, or a new epoch. A change of the address space alone does not count.
+    pub fn code_flushes(&self) -> u64 {
+        self.blocks.flushes()
+    }
+    /// Whether the page of a linear address is known to be global: the same in all address spaces.
+    pub fn page_is_global(&self, linear: u64) -> bool {
+        self.tlb.is_global(linear)
     }
     /// Changes whenever a store has hit code.
     pub fn code_epoch(&self) -> u64 {

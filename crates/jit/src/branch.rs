@@ -1,8 +1,9 @@
 //! Near branches, calls and returns of 64-bit code.
 //!
-//! Inside a page branches are linked directly. Between pages, and for indirect branches, the jump
-//! cache is asked; what it does not know the interpreter carries out. It is asked without touching
-//! the flags, which belong to the guest.
+//! Inside a page branches are linked directly. Between pages, and for indirect branches, the current
+//! view ([`crate::views`]) is asked; what it does not know the interpreter carries out.
+
+use std::mem::offset_of;
 
 use anykvm_cpu::Insn;
 use iced_x86::{Code, FlowControl, IcedError, Instruction, MemoryOperand, OpKind, Register};
@@ -10,9 +11,10 @@ use iced_x86::{Code, FlowControl, IcedError, Instruction, MemoryOperand, OpKind,
 use crate::asm::{Asm, Hole, at, slot};
 use crate::flags::Flags;
 use crate::memory::{Address, Use};
-use crate::regs::{GUEST_RSP, Home, POINTER, SCRATCH, bit, home};
+use crate::regs::{GUEST_RSP, Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
 use crate::translate::{Block, Cold, Done, Site, Wish};
+use crate::views::Jump;
 
 /// Emits the instruction that ends a block.
 pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
@@ -23,11 +25,7 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
         {
             conditional(b, insn, site)
         }
-        (_, Code::Jmp_rel8_64 | Code::Jmp_rel32_64) => {
-            b.flags.restore(&mut b.a)?;
-            go_to(b, insn, site)?;
-            Ok(Done::Ends)
-        }
+        (_, Code::Jmp_rel8_64 | Code::Jmp_rel32_64) => jump(b, insn, site),
         (_, Code::Call_rel32_64) => call(b, insn, site),
         (_, Code::Jmp_rm64) => jump_indirect(b, insn, site),
         (_, Code::Call_rm64) => call_indirect(b, insn, site),
@@ -46,20 +44,21 @@ fn in_page(offset: i64) -> bool {
 
 fn conditional(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     b.flags.restore(&mut b.a)?;
-    b.flags = Flags::Host(None);
+    let flags = b.flags.clone();
     let condition = insn.raw.condition_code() as u8;
     let taken = b.a.jcc(jcc_number(condition));
     if in_page(site.next) {
         b.link_to(site.next)?;
     } else {
-        jump_relative(b, site.next)?;
+        go_on_outside(b, site.next)?;
     }
     let to = target(insn, site);
     if in_page(to) {
         b.link(taken, to);
     } else {
         b.a.land(taken);
-        go_to(b, insn, site)?;
+        b.flags = flags;
+        go_outside(b, to, site)?;
     }
     Ok(Done::Ends)
 }
@@ -70,142 +69,144 @@ fn jcc_number(condition: u8) -> u8 {
     condition.wrapping_sub(1) & 15
 }
 
-/// Goes to a direct branch's target. The flags are in the host's.
-fn go_to(b: &mut Block, insn: &Insn, site: Site) -> Result<(), IcedError> {
+fn jump(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     let to = target(insn, site);
     if in_page(to) {
-        return b.link_to(to);
+        b.flags.restore(&mut b.a)?;
+        b.link_to(to)?;
+    } else {
+        go_outside(b, to, site)?;
     }
+    Ok(Done::Ends)
+}
+
+/// Carries out a direct branch to an offset outside the page.
+fn go_outside(b: &mut Block, to: i64, site: Site) -> Result<(), IcedError> {
     let Ok(displacement) = i32::try_from(to) else {
         let hole = b.a.jmp();
         b.leave_from(vec![hole], site);
         return Ok(());
     };
-    b.a.load(SCRATCH, slot(Slot::Page))?;
-    b.a.lea(SCRATCH, at(SCRATCH, displacement.into()))?;
-    let misses = look_up(&mut b.a)?;
-    b.leave_from(misses, site);
-    jump_to_entry(&mut b.a)
+    b.flags.release(&mut b.a)?;
+    relative(&mut b.a, displacement.into())?;
+    let miss = look_up(&mut b.a)?;
+    b.leave_from(vec![miss], site);
+    jump_to_found(b)
 }
 
 /// Goes on at an offset outside the page, to which no branch leads.
-pub(crate) fn jump_relative(b: &mut Block, offset: i64) -> Result<(), IcedError> {
-    b.a.load(SCRATCH, slot(Slot::Page))?;
-    b.a.lea(SCRATCH, at(SCRATCH, offset))?;
-    let misses = look_up(&mut b.a)?;
+pub(crate) fn go_on_outside(b: &mut Block, offset: i64) -> Result<(), IcedError> {
+    b.flags.release(&mut b.a)?;
+    relative(&mut b.a, offset)?;
+    let miss = look_up(&mut b.a)?;
     let exit = b.new_exit(Wish::Request);
     b.cold.push(Cold {
-        holes: misses,
-        flags: Flags::Host(None),
+        holes: vec![miss],
+        flags: b.flags.clone(),
         offset,
         exit,
     });
-    jump_to_entry(&mut b.a)
+    jump_to_found(b)
 }
 
-fn jump_entry(field: Slot) -> MemoryOperand {
-    MemoryOperand::new(
-        Register::None,
-        POINTER,
-        8,
-        field as i64,
-        4,
-        false,
-        Register::GS,
-    )
+/// Puts the linear address of an offset from the page into R15.
+fn relative(a: &mut Asm, offset: i64) -> Result<(), IcedError> {
+    a.load(SCRATCH, slot(Slot::Page))?;
+    a.lea(SCRATCH, at(SCRATCH, offset))
 }
 
-fn index(a: &mut Asm) -> Result<(), IcedError> {
+/// Looks the RIP in R15 up in the current view. Destroys the flags; leaves the address of the view's
+/// entry in RCX. Returns the branch that is taken if it is another RIP's.
+fn look_up(a: &mut Asm) -> Result<Hole, IcedError> {
+    let index = Instruction::with2(Code::Movzx_r32_rm16, Register::ECX, Register::R15W)?;
+    a.put(&index)?;
     a.put(&Instruction::with2(
-        Code::Movzx_r32_rm16,
+        Code::Shl_rm32_imm8,
         Register::ECX,
-        Register::R15W,
+        size_of::<Jump>().trailing_zeros(),
     )?)?;
-    // Entries have 32 bytes.
-    a.lea(POINTER, crate::asm::indexed(Register::None, POINTER, 4, 0))
+    let table = slot(Slot::Jumps);
+    a.put(&Instruction::with2(Code::Add_r64_rm64, POINTER, table)?)?;
+    let rip = at(POINTER, offset_of!(Jump, rip) as i64);
+    a.put(&Instruction::with2(Code::Cmp_r64_rm64, SCRATCH, rip)?)?;
+    Ok(a.jne())
 }
 
-/// Asks the jump cache for the RIP in R15, which is put into [`Slot::Target`] too. Leaves the flags
-/// alone; destroys RCX. Returns the branches to be taken if it is not known.
-fn look_up(a: &mut Asm) -> Result<Vec<Hole>, IcedError> {
-    a.store(slot(Slot::Target), SCRATCH)?;
-    index(a)?;
-    a.load(SCRATCH, jump_entry(Slot::JumpKey))?;
-    a.load(POINTER, slot(Slot::Key))?;
-    a.lea(POINTER, MemoryOperand::with_base_index(POINTER, SCRATCH))?;
-    a.load(SCRATCH, slot(Slot::Target))?;
-    let hit = a.jrcxz();
-    let other_key = a.jmp();
-    a.land_short(hit);
-    index(a)?;
-    a.load(POINTER, jump_entry(Slot::JumpRip))?;
-    a.lea(POINTER, MemoryOperand::with_base_index(POINTER, SCRATCH))?;
-    let hit = a.jrcxz();
-    let other_rip = a.jmp();
-    a.land_short(hit);
-    Ok(vec![other_key, other_rip])
+fn found() -> MemoryOperand {
+    at(POINTER, offset_of!(Jump, code) as i64)
 }
 
-/// Jumps to the entry that [`look_up`] found, R15 being RIP still.
-fn jump_to_entry(a: &mut Asm) -> Result<(), IcedError> {
-    index(a)?;
-    a.put(&Instruction::with1(
-        Code::Jmp_rm64,
-        jump_entry(Slot::JumpCode),
-    )?)
+/// The page of the RIP in R15 becomes the current one. Destroys the flags.
+fn enter_page(a: &mut Asm) -> Result<(), IcedError> {
+    a.put(&Instruction::with2(
+        Code::And_rm64_imm32,
+        SCRATCH,
+        -4096i32,
+    )?)?;
+    a.store(slot(Slot::Page), SCRATCH)
 }
 
-/// Keeps the entry that [`look_up`] found, for [`jump_to_kept_entry`].
-fn keep_entry(a: &mut Asm) -> Result<(), IcedError> {
-    index(a)?;
-    a.load(POINTER, jump_entry(Slot::JumpCode))?;
-    a.store(slot(Slot::Entry), POINTER)
+/// Goes to what [`look_up`] found.
+fn jump_to_found(b: &mut Block) -> Result<(), IcedError> {
+    enter_page(&mut b.a)?;
+    b.flags.restore(&mut b.a)?;
+    b.a.put(&Instruction::with1(Code::Jmp_rm64, found())?)
 }
 
-fn jump_to_kept_entry(a: &mut Asm) -> Result<(), IcedError> {
-    a.load(SCRATCH, slot(Slot::Target))?;
-    a.put(&Instruction::with1(Code::Jmp_rm64, slot(Slot::Entry))?)
-}
-
-/// Pushes the return address; leaves the flags in the host's.
+/// Stores the return address, before the stack pointer is moved. The flags are released afterwards.
 fn push_return(b: &mut Block, site: Site) -> Result<(), IcedError> {
     let address = Address::stack(GUEST_RSP, -8);
     let checked = b.check(&address, 8, Use::Write, site)?;
-    b.flags.restore(&mut b.a)?;
     let to = b.operand(&checked, false)?;
-    b.a.load(SCRATCH, slot(Slot::Page))?;
-    b.a.lea(SCRATCH, at(SCRATCH, site.next))?;
+    relative(&mut b.a, site.next)?;
     b.access(&checked);
-    b.a.store(to, SCRATCH)?;
-    b.a.lea(GUEST_RSP, at(GUEST_RSP, -8))?;
+    b.a.store(to, SCRATCH)
+}
+
+/// Puts the flags into the host's, then moves the stack pointer.
+fn move_stack(b: &mut Block, by: i64) -> Result<(), IcedError> {
+    b.flags.restore(&mut b.a)?;
     b.flags = Flags::Host(None);
-    Ok(())
+    b.a.lea(GUEST_RSP, at(GUEST_RSP, by))
 }
 
 fn call(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     let to = target(insn, site);
     if in_page(to) {
         push_return(b, site)?;
+        move_stack(b, -8)?;
         b.link_to(to)?;
         return Ok(Done::Ends);
     }
     let Ok(displacement) = i32::try_from(to) else {
         return Ok(Done::Unsupported);
     };
-    b.a.load(SCRATCH, slot(Slot::Page))?;
-    b.a.lea(SCRATCH, at(SCRATCH, displacement.into()))?;
-    let misses = look_up(&mut b.a)?;
-    b.leave_from(misses, site);
-    keep_entry(&mut b.a)?;
+    b.flags.release(&mut b.a)?;
+    relative(&mut b.a, displacement.into())?;
+    call_scratch(b, site)
+}
+
+/// Carries out a call to the RIP in R15. What can go wrong with the target comes before the push.
+fn call_scratch(b: &mut Block, site: Site) -> Result<Done, IcedError> {
+    let miss = look_up(&mut b.a)?;
+    b.leave_from(vec![miss], site);
+    b.a.load(POINTER, found())?;
+    b.a.store(slot(Slot::Entry), POINTER)?;
+    b.a.store(slot(Slot::Target), SCRATCH)?;
     push_return(b, site)?;
-    jump_to_kept_entry(&mut b.a)?;
+    b.flags.release(&mut b.a)?;
+    b.a.load(SCRATCH, slot(Slot::Target))?;
+    enter_page(&mut b.a)?;
+    move_stack(b, -8)?;
+    b.a.put(&Instruction::with1(Code::Jmp_rm64, slot(Slot::Entry))?)?;
     Ok(Done::Ends)
 }
 
-/// Puts the target of an indirect branch into R15. False if it cannot.
+/// Puts the target of an indirect branch into R15; the flags are released. False if it cannot.
 fn load_target(b: &mut Block, insn: &Insn, site: Site) -> Result<bool, IcedError> {
     let raw = &insn.raw;
     if raw.op0_kind() == OpKind::Register {
+        b.flags.release(&mut b.a)?;
         match home(raw.op0_register().number()) {
             Home::Host(r) => b.a.mov(SCRATCH, r)?,
             Home::Spilled(s) => b.a.load(SCRATCH, slot(s))?,
@@ -216,21 +217,20 @@ fn load_target(b: &mut Block, insn: &Insn, site: Site) -> Result<bool, IcedError
         return Ok(false);
     };
     let checked = b.check(&address, 8, Use::Read, site)?;
-    b.flags.restore(&mut b.a)?;
     let from = b.operand(&checked, false)?;
     b.access(&checked);
     b.a.load(SCRATCH, from)?;
+    b.flags.release(&mut b.a)?;
     Ok(true)
 }
 
 fn jump_indirect(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
-    b.flags.restore(&mut b.a)?;
     if !load_target(b, insn, site)? {
         return Ok(Done::Unsupported);
     }
-    let misses = look_up(&mut b.a)?;
-    b.leave_from(misses, site);
-    jump_to_entry(&mut b.a)?;
+    let miss = look_up(&mut b.a)?;
+    b.leave_from(vec![miss], site);
+    jump_to_found(b)?;
     Ok(Done::Ends)
 }
 
@@ -238,12 +238,7 @@ fn call_indirect(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedErr
     if !load_target(b, insn, site)? {
         return Ok(Done::Unsupported);
     }
-    let misses = look_up(&mut b.a)?;
-    b.leave_from(misses, site);
-    keep_entry(&mut b.a)?;
-    push_return(b, site)?;
-    jump_to_kept_entry(&mut b.a)?;
-    Ok(Done::Ends)
+    call_scratch(b, site)
 }
 
 fn ret(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
@@ -254,14 +249,14 @@ fn ret(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     };
     let address = Address::stack(GUEST_RSP, 0);
     let checked = b.check(&address, 8, Use::Read, site)?;
-    b.flags.restore(&mut b.a)?;
     let from = b.operand(&checked, false)?;
     b.access(&checked);
     b.a.load(SCRATCH, from)?;
-    let misses = look_up(&mut b.a)?;
-    b.leave_from(misses, site);
-    b.flags.before_write(&mut b.a, bit(GUEST_RSP))?;
-    b.a.lea(GUEST_RSP, at(GUEST_RSP, 8 + drop))?;
-    jump_to_entry(&mut b.a)?;
+    b.flags.release(&mut b.a)?;
+    let miss = look_up(&mut b.a)?;
+    b.leave_from(vec![miss], site);
+    enter_page(&mut b.a)?;
+    move_stack(b, 8 + drop)?;
+    b.a.put(&Instruction::with1(Code::Jmp_rm64, found())?)?;
     Ok(Done::Ends)
 }

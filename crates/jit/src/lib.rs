@@ -25,6 +25,7 @@ mod stubs;
 mod table;
 pub mod translate;
 mod vectors;
+mod views;
 
 use std::io;
 use std::sync::Arc;
@@ -39,6 +40,7 @@ use shared::Shared;
 use table::{Table, Translated};
 use translate::Wish;
 use vectors::Level;
+use views::Views;
 
 /// How a [`Jit`] works.
 #[derive(Clone, Copy, Debug)]
@@ -87,7 +89,7 @@ pub struct Jit {
     loaders: [u64; 4],
     table: Table,
     accesses: CodeMap,
-    keys: Keys,
+    views: Views,
     /// The exit whose branch may be led to the block that runs next.
     pending: Option<u32>,
     /// Counters.
@@ -96,17 +98,6 @@ pub struct Jit {
 
 // SAFETY: the raw pointers in `Shared` are set before each entry and used only during it.
 unsafe impl Send for Jit {}
-
-/// Keys of the jump cache: a number, never 0 and never used twice, for each mode, address space and epoch.
-#[derive(Debug, Default)]
-struct Keys {
-    known: std::collections::HashMap<(u64, u64), u64>,
-    last: u64,
-    current: ((u64, u64), u64),
-}
-
-/// Most keys remembered.
-const KEYS: usize = 1 << 14;
 
 /// The host lacks what translated code needs.
 fn supported() -> bool {
@@ -140,39 +131,10 @@ impl Jit {
             loaders: stubs.loaders.map(|at| base + at as u64),
             table: Table::default(),
             accesses,
-            keys: Keys::default(),
+            views: Views::default(),
             pending: None,
             stats: Stats::default(),
         })
-    }
-
-    /// The jump cache's key for the processor's mode, address space and epoch.
-    fn key(&mut self, cpu: &Cpu) -> u64 {
-        let now = (cpu.code_key(), cpu.code_epoch());
-        if self.keys.current.0 == now && self.keys.current.1 != 0 {
-            return self.keys.current.1;
-        }
-        let key = match self.keys.known.get(&now) {
-            Some(key) => *key,
-            None => self.new_key(now),
-        };
-        self.keys.current = (now, key);
-        key
-    }
-
-    fn new_key(&mut self, now: (u64, u64)) -> u64 {
-        if self.keys.known.len() >= KEYS {
-            self.keys.known.clear();
-        }
-        self.keys.last += 1;
-        self.keys.known.insert(now, self.keys.last);
-        self.keys.last
-    }
-
-    /// Nothing that is in the jump cache is found again.
-    fn forget_keys(&mut self) {
-        self.keys.known.clear();
-        self.keys.current.1 = 0;
     }
 
     /// The translation of a block, made if it is hot.
@@ -212,8 +174,8 @@ impl Jit {
         Some(self.table.insert(
             place,
             Translated {
-                outer: base + t.outer as u64,
-                inner: base + t.inner as u64,
+                checked: base + t.checked as u64,
+                plain: base + t.plain as u64,
                 insns,
                 bytes,
                 level: t.level,
@@ -231,15 +193,13 @@ impl Jit {
         self.accesses.clear();
         self.cache.clear();
         self.pending = None;
-        self.forget_keys();
+        self.views.clear();
         self.stats.flushes += 1;
     }
 
-    /// Checks all translations of a page against memory, if they have not been since something may
-    /// have changed them unnoticed.
-    fn check_page(&mut self, cpu: &mut Cpu, host: u64) {
-        let now = (cpu.code_key(), cpu.code_epoch());
-        if !self.table.page_needs_check(host, now) {
+    /// Checks all translations of a page against memory, if they have not been in this view.
+    fn check_page(&mut self, cpu: &mut Cpu, host: u64, view: u64) {
+        if !self.table.page_needs_check(host, view) {
             return;
         }
         let changed = self
@@ -250,7 +210,10 @@ impl Jit {
         }
         self.stats.dropped += changed.len() as u64;
         self.pending = None;
-        self.forget_keys();
+        let codes: Vec<_> = (changed.iter())
+            .filter_map(|n| self.table.get(*n).map(|t| t.checked))
+            .collect();
+        self.views.remove(&codes);
         for n in changed {
             for (hole, to) in self.table.remove(n) {
                 self.redirect(hole, to);
@@ -275,7 +238,7 @@ impl Jit {
 
     /// Runs translated code from an entry point that expects these vector registers to be loaded. False if
     /// it must not use them.
-    fn enter(&mut self, cpu: &mut Cpu, entry: u64, key: u64, level: Level) -> bool {
+    fn enter(&mut self, cpu: &mut Cpu, entry: u64, level: Level) -> bool {
         let s = &mut *self.shared;
         let available = Level::available(&cpu.state);
         if level > available {
@@ -284,14 +247,13 @@ impl Jit {
         s.allow = [Level::Sse, Level::Avx, Level::Avx512].map(|l| u64::from(l <= available));
         s.load = self.loaders[level as usize];
         let f = cpu.state.rflags;
-        s.rip = cpu.state.rip();
         s.flags = (f & 0xd5) << 8 | f >> 11 & 1;
         s.asn = cpu.address_space();
         s.fs_base = cpu.state.seg[usize::from(seg::FS)].base;
         s.gs_base = cpu.state.seg[usize::from(seg::GS)].base;
         s.level1 = cpu.level1();
         s.go = std::ptr::from_ref(cpu.shared_requests().go());
-        s.key = key;
+        s.jumps = self.views.jumps();
         s.state = &raw mut cpu.state;
         // SAFETY: `enter` is the function `stubs` generated. It and the translation behind `entry` reach
         // the state, the requests word and the TLB, which belong to `cpu` and outlive the call; this
@@ -318,8 +280,9 @@ impl Translator for Jit {
             self.pending = None;
             return cpu.interpret_block(id);
         }
+        let view = self.views.select(cpu);
         if let Some(host) = cpu.block(id).map(|b| b.host) {
-            self.check_page(cpu, host);
+            self.check_page(cpu, host, view);
         }
         let Some(n) = self.translation(cpu, id) else {
             self.pending = None;
@@ -327,21 +290,18 @@ impl Translator for Jit {
         };
         self.link(n);
         cpu.shared_requests().rearm();
-        let key = self.key(cpu);
         let rip = cpu.state.rip();
         let Some(t) = self.table.get(n) else {
             return Ok(());
         };
-        let mut entry = t.outer;
-        // Outer entries load what they need; places to resume expect what the block needs.
+        let mut entry = t.checked;
+        // The entry point loads what the block needs; places to resume expect it.
         let mut level = Level::None;
-        *self.shared.jump_mut(rip) = shared::Jump {
-            negated_key: key.wrapping_neg(),
-            negated_rip: rip.wrapping_neg(),
-            code: entry,
-        };
+        let global = cpu.page_is_global(rip);
+        self.views.insert(rip, entry, global, cpu.address_space());
+        self.shared.page = rip & !0xfff;
         loop {
-            if !self.enter(cpu, entry, key, level) {
+            if !self.enter(cpu, entry, level) {
                 return Ok(());
             }
             cpu.counters.instructions += std::mem::take(&mut self.shared.instructions);

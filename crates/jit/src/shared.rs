@@ -5,29 +5,15 @@ use std::sync::atomic::AtomicU32;
 
 use anykvm_cpu::state::CpuState;
 
-/// Entries of the jump cache: one for each value of RIP's low 16 bits, which need no shift to take.
-pub const JUMPS: usize = 1 << 16;
+use crate::views::Jump;
 
-/// One entry of the jump cache: good for one RIP under one key. Both are kept as their two's complements,
-/// because a sum can be tested for zero without touching the flags.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(32))]
-pub struct Jump {
-    /// The key; 0 in an empty entry, which no key is.
-    pub negated_key: u64,
-    /// RIP.
-    pub negated_rip: u64,
-    /// Entry point of the translation; it expects RIP in R15.
-    pub code: u64,
-}
-
-/// Fields in front of the jump cache; [`Slot`] has their offsets.
+/// See the module's description; [`Slot`] has the fields' offsets.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Shared {
     /// Guest R10, R11 and R15.
     pub spilled: [u64; 3],
-    /// RIP, when translated code is entered or left.
+    /// RIP, when translated code is left.
     pub rip: u64,
     /// The page of RIP: translations are made for a host page and may run at several addresses.
     pub page: u64,
@@ -57,9 +43,8 @@ pub struct Shared {
     pub state: *mut CpuState,
     /// Zero when the processor is wanted in the run loop.
     pub go: *const AtomicU32,
-    /// What an entry of the jump cache must have been made under: a number for mode, address space and
-    /// epoch.
-    pub key: u64,
+    /// The current view's table ([`crate::views`]).
+    pub jumps: *const Jump,
     /// Instructions executed by translated code.
     pub instructions: u64,
     /// Not zero while the XMM, YMM and AVX-512 registers are in the host's.
@@ -70,8 +55,6 @@ pub struct Shared {
     pub host_mxcsr: u64,
     /// The function that loads the vector registers the entry point expects, or one that does nothing.
     pub load: u64,
-    /// The jump cache.
-    pub jumps: [Jump; JUMPS],
 }
 
 /// Offsets in [`Shared`].
@@ -97,7 +80,7 @@ pub enum Slot {
     Level1 = 120,
     State = 128,
     Go = 136,
-    Key = 144,
+    Jumps = 144,
     Instructions = 152,
     LiveSse = 160,
     LiveAvx = 168,
@@ -107,9 +90,6 @@ pub enum Slot {
     AllowAvx512 = 200,
     HostMxcsr = 208,
     Load = 216,
-    JumpKey = 224,
-    JumpRip = 232,
-    JumpCode = 240,
 }
 
 const _: () = {
@@ -121,14 +101,11 @@ const _: () = {
     assert!(offset_of!(Shared, instructions) == Slot::Instructions as usize);
     assert!(offset_of!(Shared, live) == Slot::LiveSse as usize);
     assert!(offset_of!(Shared, load) == Slot::Load as usize);
-    assert!(offset_of!(Shared, jumps) == Slot::JumpKey as usize);
-    assert!(Slot::JumpRip as usize - Slot::JumpKey as usize == offset_of!(Jump, negated_rip));
-    assert!(Slot::JumpCode as usize - Slot::JumpKey as usize == offset_of!(Jump, code));
-    assert!(size_of::<Jump>() == 32);
+    assert!(offset_of!(Shared, jumps) == Slot::Jumps as usize);
 };
 
 impl Shared {
-    /// A zeroed area, the jump cache empty.
+    /// A zeroed area.
     pub fn new() -> Box<Self> {
         // SAFETY: all fields are integers and raw pointers, for which zero is a value; the layout is
         // the type's own.
@@ -140,9 +117,5 @@ impl Shared {
             }
             Box::from_raw(p)
         }
-    }
-    /// The entry for a RIP.
-    pub fn jump_mut(&mut self, rip: u64) -> &mut Jump {
-        &mut self.jumps[(rip & (JUMPS as u64 - 1)) as usize]
     }
 }

@@ -64,7 +64,6 @@ pub fn stubs() -> Result<Stubs, IcedError> {
             }
         }
     }
-    a.load(SCRATCH, slot(Slot::Rip))?;
     a.put(&Instruction::with1(Code::Jmp_rm64, slot(Slot::Entry))?)?;
 
     let leave = a.here();

@@ -12,10 +12,10 @@ use crate::vectors::Level;
 /// A translation in the code cache.
 #[derive(Debug)]
 pub struct Translated {
-    /// Entry point that expects RIP in R15.
-    pub outer: u64,
-    /// Entry point for linked branches.
-    pub inner: u64,
+    /// Entry point that looks at requests first.
+    pub checked: u64,
+    /// Entry point for linked branches that lead forward.
+    pub plain: u64,
     /// The guest's instructions.
     pub insns: Arc<[Insn]>,
     /// Their bytes.
@@ -42,8 +42,8 @@ struct Exit {
 #[derive(Debug, Default)]
 struct Page {
     translations: Vec<u32>,
-    /// When they were compared with memory: code key and code epoch.
-    checked: Vec<(u64, u64)>,
+    /// The views in which they were compared with memory.
+    checked: Vec<u64>,
 }
 
 /// Most checks remembered for a page.
@@ -127,23 +127,28 @@ impl Table {
         if e.linked.is_some() || !same_mode || from.host & !0xfff | offset != target.host {
             return None;
         }
-        let inner = target.inner;
+        // Each loop of linked branches has one that does not lead forward.
+        let entry = if target.host > from.host {
+            target.plain
+        } else {
+            target.checked
+        };
         self.exits[exit as usize].linked = Some(to);
         self.all[to as usize].as_mut()?.incoming.push(exit);
-        Some((hole as u64, inner))
+        Some((hole as u64, entry))
     }
-    /// Whether a page's translations have not been compared with memory since `now` began.
-    pub fn page_needs_check(&mut self, host: u64, now: (u64, u64)) -> bool {
+    /// Whether a page's translations have not been compared with memory in a view.
+    pub fn page_needs_check(&mut self, host: u64, view: u64) -> bool {
         let Some(page) = self.pages.get_mut(&(host & !0xfff)) else {
             return false;
         };
-        if page.checked.contains(&now) {
+        if page.checked.contains(&view) {
             return false;
         }
-        if page.checked.len() >= CHECKS || page.checked.first().is_some_and(|c| c.1 != now.1) {
-            page.checked.clear();
+        if page.checked.len() >= CHECKS {
+            page.checked.remove(0);
         }
-        page.checked.push(now);
+        page.checked.push(view);
         true
     }
     /// The translations of a page whose bytes are not what `is` finds.

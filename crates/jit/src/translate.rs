@@ -11,7 +11,7 @@ use iced_x86::{FlowControl, IcedError, Instruction, Register};
 use crate::asm::{Asm, Hole, at, slot};
 use crate::branch;
 use crate::flags::Flags;
-use crate::regs::{POINTER, SCRATCH};
+use crate::regs::POINTER;
 use crate::shared::Slot;
 use crate::simple;
 use crate::vectors::Level;
@@ -47,10 +47,10 @@ pub enum Wish {
 pub struct Translation {
     /// The code; position-independent but for `stub_jumps`.
     pub bytes: Vec<u8>,
-    /// Entry point that expects RIP in the scratch register.
-    pub outer: usize,
-    /// Entry point for branches from the same page.
-    pub inner: usize,
+    /// Entry point that looks at requests first.
+    pub checked: usize,
+    /// Entry point for branches that cannot close a loop.
+    pub plain: usize,
     /// The exits, in the order of their numbers.
     pub exits: Vec<Wish>,
     /// Jumps to the common way out.
@@ -143,10 +143,7 @@ pub fn translate(
     // JRCXZ reaches only a short way; so these are in front of it.
     let load = b.vector_loader(level)?;
     let island = b.a.jmp();
-    let outer = b.a.here();
-    b.a.lea(POINTER, at(SCRATCH, -b.start))?;
-    b.a.store(slot(Slot::Page), POINTER)?;
-    let inner = b.a.here();
+    let checked = b.a.here();
     b.a.load(POINTER, slot(Slot::Go))?;
     b.a.put(&Instruction::with2(
         iced_x86::Code::Mov_r32_rm32,
@@ -154,6 +151,7 @@ pub fn translate(
         at(POINTER, 0),
     )?)?;
     b.a.jrcxz_back(island.0 - 1);
+    let plain = b.a.here();
     if level != Level::None {
         b.a.load(POINTER, slot(level.live()))?;
         b.a.jrcxz_back(load.start);
@@ -197,14 +195,14 @@ pub fn translate(
         at = next;
     }
     if !ended {
-        b.flags.restore(&mut b.a)?;
         if at < 4096 {
+            b.flags.restore(&mut b.a)?;
             b.link_to(at)?;
         } else {
-            branch::jump_relative(&mut b, at)?;
+            branch::go_on_outside(&mut b, at)?;
         }
     }
-    b.finish(outer, inner, level)
+    b.finish(checked, plain, level)
 }
 
 /// Where an instruction is.
@@ -322,8 +320,8 @@ impl Block {
 
     fn finish(
         mut self,
-        outer: usize,
-        inner: usize,
+        checked: usize,
+        plain: usize,
         level: Level,
     ) -> Result<Translation, IcedError> {
         let mut starts = vec![0; self.exits.len()];
@@ -347,8 +345,8 @@ impl Block {
         }
         Ok(Translation {
             bytes: self.a.into_bytes(),
-            outer,
-            inner,
+            checked,
+            plain,
             exits: self.exits,
             leaves: self.leaves,
             level,

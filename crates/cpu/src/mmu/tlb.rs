@@ -230,6 +230,10 @@ impl Tlb {
         }
         None
     }
+    /// Whether level 2 knows that this page is global.
+    pub fn is_global(&self, linear: u64) -> bool {
+        self.l2[index(linear, L2)].tag == page_of(linear) | GLOBAL
+    }
     /// Remembers a walk.
     pub fn remember(&mut self, linear: u64, page: Page) {
         self.walks += 1;

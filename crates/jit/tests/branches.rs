@@ -1,0 +1,279 @@
+//! Where translated code goes: calls and returns of every kind, targets in other pages, and mappings
+//! that change under them.
+
+mod support;
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anykvm_cpu::state::cr4;
+use anykvm_cpu::{Exit, requests};
+use harness::Computer;
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use support::{ALWAYS, CODE, assemble, compare, computer, finish, harness, same, translate};
+
+/// A page behind the data, and the one behind it.
+const FAR: u64 = 0x3_0000;
+const FARTHER: u64 = 0x3_1000;
+/// Address of a page's entry in the tables of [`computer`].
+fn entry(linear: u64) -> u64 {
+    0x10_3000 + (linear >> 12) * 8
+}
+
+/// `add rax, n; ret`.
+fn adds(n: u8) -> [u8; 5] {
+    [0x48, 0x83, 0xc0, n, 0xc3]
+}
+
+/// Runs a program in both ways, after the same preparations.
+fn same_after(
+    prepare: impl Fn(&mut Computer),
+    build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>,
+) {
+    let code = assemble(build);
+    let mut one = computer(&code);
+    prepare(&mut one);
+    finish(&mut one);
+    let mut two = computer(&code);
+    prepare(&mut two);
+    translate(&mut two, ALWAYS);
+    finish(&mut two);
+    compare(&one, &two);
+}
+
+#[test]
+fn deep_recursion() {
+    same(|a| {
+        let mut f = a.create_label();
+        let mut deep = a.create_label();
+        let mut start = a.create_label();
+        let mut top = a.create_label();
+        a.jmp(start)?;
+        a.set_label(&mut f)?;
+        a.add(rax, rdi)?;
+        a.sub(edi, 1)?;
+        a.je(deep)?;
+        a.call(f)?;
+        a.rol(rax, 3)?;
+        a.set_label(&mut deep)?;
+        a.add(edi, 1)?;
+        a.ret()?;
+        a.set_label(&mut start)?;
+        a.mov(rbp, rsp)?;
+        a.mov(esp, 0x1_0000)?;
+        a.mov(ecx, 5)?;
+        a.set_label(&mut top)?;
+        a.mov(edi, 700)?;
+        a.call(f)?;
+        a.sub(ecx, 1)?;
+        a.jne(top)?;
+        a.mov(rsp, rbp)
+    });
+}
+
+#[test]
+fn returns_that_belong_to_no_call() {
+    same(|a| {
+        let mut top = a.create_label();
+        let mut outer = a.create_label();
+        let mut inner = a.create_label();
+        let mut back = a.create_label();
+        let mut pushed = a.create_label();
+        let mut end = a.create_label();
+        a.mov(ecx, 60)?;
+        a.jmp(top)?;
+        a.set_label(&mut outer)?;
+        a.call(inner)?;
+        a.add(rax, 1)?;
+        a.ret_1(8)?;
+        a.set_label(&mut inner)?;
+        // Every third time to the outermost caller, as longjmp does.
+        a.sub(edx, 1)?;
+        a.jne(back)?;
+        a.mov(edx, 3)?;
+        a.mov(rsp, rbp)?;
+        a.sub(rsp, 16)?;
+        a.set_label(&mut back)?;
+        a.ret()?;
+        a.set_label(&mut top)?;
+        a.mov(rbp, rsp)?;
+        a.push(rax)?;
+        a.call(outer)?;
+        a.mov(rsp, rbp)?;
+        // And one to a pushed address.
+        a.lea(rbx, ptr(pushed))?;
+        a.push(rbx)?;
+        a.ret()?;
+        a.add(rax, 0x77)?;
+        a.set_label(&mut pushed)?;
+        a.sub(ecx, 1)?;
+        a.jne(top)?;
+        a.set_label(&mut end)
+    });
+}
+
+#[test]
+fn a_call_targets_page_is_mapped_elsewhere() {
+    for global in [0, 1 << 8] {
+        let prepare = |c: &mut Computer| {
+            c.cpu.state.cr4 |= cr4::PGE;
+            c.cpu.state_changed();
+            c.put(FAR, &adds(3));
+            c.put(FARTHER, &adds(5));
+            for page in [CODE, FAR] {
+                let old = c.get64(entry(page));
+                c.put64(entry(page), old | global);
+            }
+        };
+        same_after(prepare, |a| {
+            let mut top = a.create_label();
+            a.mov(ecx, 40)?;
+            a.mov(ebx, FAR as u32)?;
+            a.set_label(&mut top)?;
+            a.call(FAR)?;
+            a.call(rbx)?;
+            a.xor(dword_ptr(entry(FAR)), 0x1000)?;
+            a.invlpg(ptr(rbx))?;
+            a.call(FAR)?;
+            a.call(rbx)?;
+            a.shl(rax, 1)?;
+            a.sub(ecx, 1)?;
+            a.jne(top)
+        });
+    }
+}
+
+#[test]
+fn an_address_space_with_another_call_target() {
+    // A second set of tables, in which FAR is another page; the rest is global or not.
+    const SECOND: u64 = 0x11_0000;
+    for global in [0, 1 << 8] {
+        let prepare = |c: &mut Computer| {
+            c.cpu.state.cr4 |= cr4::PGE;
+            c.put(FAR, &adds(3));
+            c.put(FARTHER, &adds(5));
+            for level in 0..3 {
+                c.put64(SECOND + level * 0x1000, (SECOND + (level + 1) * 0x1000) | 7);
+            }
+            for page in 0..512 {
+                let at = page << 12;
+                let shared = at | 7 | if at == FAR { 0 } else { global };
+                c.put64(entry(at), shared);
+                let there = if at == FAR { FARTHER | 7 } else { shared };
+                c.put64(SECOND + 0x3000 + page * 8, there);
+            }
+            c.cpu.state_changed();
+        };
+        same_after(prepare, |a| {
+            let mut top = a.create_label();
+            a.mov(ecx, 40)?;
+            a.mov(ebx, FAR as u32)?;
+            a.mov(esi, SECOND as u32)?;
+            a.mov(edi, 0x10_0000)?;
+            a.set_label(&mut top)?;
+            a.mov(cr3, rsi)?;
+            a.call(FAR)?;
+            a.call(rbx)?;
+            a.xchg(rsi, rdi)?;
+            a.shl(rax, 1)?;
+            a.sub(ecx, 1)?;
+            a.jne(top)
+        });
+    }
+}
+
+#[test]
+fn a_callee_and_a_return_site_that_change() {
+    let prepare = |c: &mut Computer| c.put(FAR, &adds(3));
+    same_after(prepare, |a| {
+        let mut top = a.create_label();
+        let mut site = a.create_label();
+        a.mov(ecx, 40)?;
+        a.mov(ebx, FAR as u32)?;
+        a.lea(rsi, ptr(site))?;
+        a.set_label(&mut top)?;
+        a.mov(byte_ptr(rbx + 3), cl)?;
+        a.call(rbx)?;
+        a.set_label(&mut site)?;
+        a.add(rdx, 1)?;
+        a.mov(byte_ptr(rsi + 3), cl)?;
+        a.call(FAR)?;
+        a.sub(ecx, 1)?;
+        a.jne(top)
+    });
+}
+
+#[test]
+fn a_callee_that_changes_the_place_it_returns_to() {
+    // mov [rsi + 3], cl; ret
+    let prepare = |c: &mut Computer| c.put(FAR, &[0x88, 0x4e, 0x03, 0xc3]);
+    same_after(prepare, |a| {
+        let mut top = a.create_label();
+        let mut site = a.create_label();
+        a.mov(ecx, 40)?;
+        a.lea(rsi, ptr(site))?;
+        a.set_label(&mut top)?;
+        a.call(FAR)?;
+        a.set_label(&mut site)?;
+        a.add(rdx, 1)?;
+        a.sub(ecx, 1)?;
+        a.jne(top)
+    });
+}
+
+#[test]
+fn flags_survive_every_way_to_go() {
+    // cmp eax, ecx; inc edi; jmp/ret with SETcc and RCL behind.
+    let prepare = |c: &mut Computer| {
+        // rcl r8, 1; setb dl; ret
+        c.put(FAR, &[0x49, 0xd1, 0xd0, 0x0f, 0x92, 0xc2, 0xc3]);
+    };
+    same_after(prepare, |a| {
+        let mut top = a.create_label();
+        let mut behind = a.create_label();
+        a.mov(ecx, 90)?;
+        a.mov(ebx, FAR as u32)?;
+        a.lea(r12, ptr(behind))?;
+        a.set_label(&mut top)?;
+        a.imul_3(eax, ecx, 0x1234_5677)?;
+        a.add(rsp, 8)?;
+        a.call(FAR)?;
+        a.rcl(r9, 1)?;
+        a.sub(rsp, 8)?;
+        a.shl(eax, cl)?;
+        a.call(rbx)?;
+        a.rcr(r9, 1)?;
+        a.cmp(eax, ecx)?;
+        a.inc(edi)?;
+        a.jmp(r12)?;
+        a.nop()?;
+        a.set_label(&mut behind)?;
+        a.adc(r10, 0)?;
+        a.adc(r13, r9)?;
+        a.dec(ecx)?;
+        a.jne(top)
+    });
+}
+
+#[test]
+fn a_request_stops_a_loop_through_two_pages() {
+    let code = assemble(|a| a.jmp(FAR));
+    let mut c = computer(&code);
+    // jmp CODE
+    let back = (CODE as i64 - FAR as i64 - 5) as i32;
+    c.put(FAR, &[&[0xe9][..], &back.to_le_bytes()].concat());
+    translate(&mut c, ALWAYS);
+    for _ in 0..20 {
+        let word = Arc::clone(c.cpu.requests());
+        let kicker = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(2));
+            word.set(requests::KICK);
+        });
+        assert_eq!(c.cpu.run(u64::MAX), Exit::Request);
+        kicker.join().unwrap();
+        assert_eq!(c.cpu.requests().take(requests::KICK), requests::KICK);
+        assert!([CODE, FAR].contains(&c.cpu.state.rip()));
+    }
+}
