@@ -120,7 +120,11 @@ impl Cpu {
             .synchronise(requests::CODE_PAGE, Some(&self.participant.clone()));
     }
 
-    fn build_block(&mut self, page: HostPage, offset: usize) -> Result<Option<Block>, Stop> {
+    pub(crate) fn build_block(
+        &mut self,
+        page: HostPage,
+        offset: usize,
+    ) -> Result<Option<Block>, Stop> {
         let mut bytes = [0; MAX_INSNS * MAX_INSN_LEN];
         let want = bytes.len().min(PAGE as usize - offset);
         self.mark_code(page, offset, want);

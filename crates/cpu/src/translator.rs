@@ -64,6 +64,14 @@ impl Cpu {
         self.blocks.get(id)
     }
 
+    /// The decoded code that follows a block in its page, at this host address: up to the next instruction
+    /// that ends a block, with its bytes.
+    pub fn code_behind(&mut self, host: u64) -> Option<(Vec<Insn>, Box<[u8]>)> {
+        let page = HostPage(host & !(PAGE - 1));
+        let block = self.build_block(page, (host % PAGE) as usize).ok()??;
+        Some((block.insns.into_vec(), block.bytes))
+    }
+
     /// Whether these bytes are still at a host address in the page of a block that
     /// [`Cpu::block_here`] has just found; if the page was not known to hold code there, it is now.
     pub fn code_is(&mut self, host: u64, bytes: &[u8]) -> bool {

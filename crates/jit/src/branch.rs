@@ -16,14 +16,22 @@ use crate::shared::Slot;
 use crate::translate::{Block, Cold, Done, Site, Wish};
 use crate::views::Jump;
 
-/// Emits the instruction that ends a block.
-pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
+/// A conditional branch to another page, to be carried out behind the block.
+pub(crate) struct Late {
+    hole: Hole,
+    to: i64,
+    site: Site,
+    flags: Flags,
+}
+
+/// Emits an instruction that branches. `last`: it is the block's last one.
+pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site, last: bool) -> Result<Done, IcedError> {
     let raw = &insn.raw;
     match (raw.flow_control(), raw.code()) {
         (FlowControl::ConditionalBranch, _)
             if raw.is_jcc_short_or_near() && raw.op0_kind() == OpKind::NearBranch64 =>
         {
-            conditional(b, insn, site)
+            conditional(b, insn, site, last)
         }
         (_, Code::Jmp_rel8_64 | Code::Jmp_rel32_64) => jump(b, insn, site),
         (_, Code::Call_rel32_64) => call(b, insn, site),
@@ -42,25 +50,36 @@ fn in_page(offset: i64) -> bool {
     (0..4096).contains(&offset)
 }
 
-fn conditional(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
+fn conditional(b: &mut Block, insn: &Insn, site: Site, last: bool) -> Result<Done, IcedError> {
     b.flags.restore(&mut b.a)?;
-    let flags = b.flags.clone();
     let condition = insn.raw.condition_code() as u8;
     let taken = b.a.jcc(jcc_number(condition));
-    if in_page(site.next) {
-        b.link_to(site.next)?;
-    } else {
-        go_on_outside(b, site.next)?;
-    }
     let to = target(insn, site);
     if in_page(to) {
         b.link(taken, to);
     } else {
-        b.a.land(taken);
-        b.flags = flags;
-        go_outside(b, to, site)?;
+        b.late.push(Late {
+            hole: taken,
+            to,
+            site,
+            flags: b.flags.clone(),
+        });
     }
+    if !last {
+        return Ok(Done::Next);
+    }
+    go_on(b, site.next)?;
     Ok(Done::Ends)
+}
+
+/// Emits the branches that were put off.
+pub(crate) fn emit_late(b: &mut Block) -> Result<(), IcedError> {
+    for late in std::mem::take(&mut b.late) {
+        b.a.land(late.hole);
+        b.flags = late.flags;
+        go_outside(b, late.to, late.site)?;
+    }
+    Ok(())
 }
 
 /// From iced's numbering of conditions to the processor's.
@@ -94,8 +113,12 @@ fn go_outside(b: &mut Block, to: i64, site: Site) -> Result<(), IcedError> {
     jump_to_found(b)
 }
 
-/// Goes on at an offset outside the page, to which no branch leads.
-pub(crate) fn go_on_outside(b: &mut Block, offset: i64) -> Result<(), IcedError> {
+/// Goes on at an offset, in the page or behind it, to which no branch leads.
+pub(crate) fn go_on(b: &mut Block, offset: i64) -> Result<(), IcedError> {
+    if in_page(offset) {
+        b.flags.restore(&mut b.a)?;
+        return b.link_to(offset);
+    }
     b.flags.release(&mut b.a)?;
     relative(&mut b.a, offset)?;
     let miss = look_up(&mut b.a)?;

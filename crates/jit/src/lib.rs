@@ -14,6 +14,7 @@ mod asm;
 mod branch;
 mod cache;
 mod divide;
+mod extent;
 mod flags;
 mod memory;
 mod plan;
@@ -23,6 +24,7 @@ mod simple;
 mod stack;
 mod stubs;
 mod table;
+
 pub mod translate;
 mod vectors;
 mod views;
@@ -150,9 +152,10 @@ impl Jit {
         if block.heat < threshold {
             return None;
         }
-        let insns: Arc<[Insn]> = block.insns.iter().cloned().collect();
-        let bytes = block.bytes.clone();
-        self.make(place, insns, bytes)
+        let mut insns = block.insns.to_vec();
+        let mut bytes = block.bytes.to_vec();
+        extent::extend(cpu, place.0, &mut insns, &mut bytes);
+        self.make(place, insns.into(), bytes.into())
     }
 
     fn make(&mut self, place: (u64, u32), insns: Arc<[Insn]>, bytes: Box<[u8]>) -> Option<u32> {

@@ -64,11 +64,11 @@ impl Table {
     pub fn next_exit(&self) -> u32 {
         self.exits.len() as u32
     }
-    /// The translation for a place, if it was made from these bytes.
+    /// The translation for a place, if it begins with these bytes.
     pub fn find(&self, place: Place, bytes: &[u8]) -> Option<u32> {
         let n = *self.by_place.get(&place)?;
         let t = self.get(n)?;
-        (*t.bytes == *bytes).then_some(n)
+        t.bytes.starts_with(bytes).then_some(n)
     }
     /// A translation.
     pub fn get(&self, n: u32) -> Option<&Translated> {

@@ -10,6 +10,7 @@ use iced_x86::{FlowControl, IcedError, Instruction, Register};
 
 use crate::asm::{Asm, Hole, at, slot};
 use crate::branch;
+use crate::extent;
 use crate::flags::Flags;
 use crate::regs::POINTER;
 use crate::shared::Slot;
@@ -96,6 +97,7 @@ pub(crate) struct Block {
     pub a: Asm,
     pub flags: Flags,
     pub cold: Vec<Cold>,
+    pub late: Vec<branch::Late>,
     pub exits: Vec<Wish>,
     leaves: Vec<Hole>,
     /// Positions of accesses, and the exits that undo them.
@@ -128,6 +130,7 @@ pub fn translate(
         a: Asm::new(),
         flags: Flags::Host(None),
         cold: Vec::new(),
+        late: Vec::new(),
         exits: Vec::new(),
         leaves: Vec::new(),
         accesses: Vec::new(),
@@ -135,11 +138,7 @@ pub fn translate(
         first_exit,
         start: start as i64,
     };
-    let level = insns
-        .iter()
-        .filter_map(|i| simple::level(&i.raw))
-        .max()
-        .unwrap_or_default();
+    let level = extent::level(insns);
     // JRCXZ reaches only a short way; so these are in front of it.
     let load = b.vector_loader(level)?;
     let island = b.a.jmp();
@@ -160,11 +159,6 @@ pub fn translate(
             b.a.fill(back, here);
         }
     }
-    if count {
-        b.a.load(POINTER, slot(Slot::Instructions))?;
-        b.a.lea(POINTER, at(POINTER, insns.len() as i64))?;
-        b.a.store(slot(Slot::Instructions), POINTER)?;
-    }
     let exit = b.new_exit(Wish::Request);
     b.cold.push(Cold {
         holes: vec![island],
@@ -175,14 +169,18 @@ pub fn translate(
 
     let mut at = b.start;
     let mut ended = false;
+    let mut counted = 0;
     for (k, insn) in insns.iter().enumerate() {
+        if count && k == counted {
+            counted += b.count_run(&insns[k..])?;
+        }
         let next = at + i64::from(insn.len);
         let site = Site { k, at, next };
         let later = insns.get(k + 1..).unwrap_or_default();
         let done = if insn.raw.flow_control() == FlowControl::Next && !insn.ends_block {
             simple::emit(&mut b, insn, site, later)?
         } else {
-            branch::emit(&mut b, insn, site)?
+            branch::emit(&mut b, insn, site, later.is_empty())?
         };
         match done {
             Done::Next => {}
@@ -195,13 +193,9 @@ pub fn translate(
         at = next;
     }
     if !ended {
-        if at < 4096 {
-            b.flags.restore(&mut b.a)?;
-            b.link_to(at)?;
-        } else {
-            branch::go_on_outside(&mut b, at)?;
-        }
+        branch::go_on(&mut b, at)?;
     }
+    branch::emit_late(&mut b)?;
     b.finish(checked, plain, level)
 }
 
@@ -248,6 +242,16 @@ impl Block {
             start: start_of_test,
             back: Some(back),
         })
+    }
+
+    /// Counts the instructions up to the next one that may branch away; returns how many they are.
+    fn count_run(&mut self, insns: &[Insn]) -> Result<usize, IcedError> {
+        let before = insns.iter().position(|i| i.ends_block);
+        let run = before.map_or(insns.len(), |n| n + 1);
+        self.a.load(POINTER, slot(Slot::Instructions))?;
+        self.a.lea(POINTER, at(POINTER, run as i64))?;
+        self.a.store(slot(Slot::Instructions), POINTER)?;
+        Ok(run)
     }
 
     pub fn new_exit(&mut self, wish: Wish) -> usize {

@@ -277,3 +277,56 @@ fn a_request_stops_a_loop_through_two_pages() {
         assert!([CODE, FAR].contains(&c.cpu.state.rip()));
     }
 }
+
+#[test]
+fn branches_out_of_the_middle() {
+    // In the page, to another page, with flags and memory used on both sides of each.
+    let code = assemble(|a| {
+        let mut top = a.create_label();
+        let mut near = a.create_label();
+        let mut back = a.create_label();
+        a.mov(ecx, 300)?;
+        a.mov(ebx, support::DATA as u32)?;
+        a.set_label(&mut top)?;
+        a.imul_3(eax, ecx, 0x1234_5677)?;
+        a.test(eax, 0x100)?;
+        a.je(near)?;
+        a.add(rdx, qword_ptr(rbx + rcx * 8))?;
+        a.jc(FAR)?;
+        a.mov(qword_ptr(rbx + rcx * 8 + 8), rdx)?;
+        a.adc(rsi, rax)?;
+        a.shl(rsi, cl)?;
+        a.js(FAR)?;
+        a.push(rsi)?;
+        a.sbb(r8, rsi)?;
+        a.pop(r9)?;
+        a.jp(near)?;
+        a.inc(r11)?;
+        a.set_label(&mut near)?;
+        a.rcl(r10, 1)?;
+        a.set_label(&mut back)?;
+        a.dec(ecx)?;
+        a.jne(top)
+    });
+    // FAR: rcl r12, 1; jmp back, whose DEC ends the code but for a JNE and the OUT.
+    let dec = CODE + code.len() as u64 - 2 - jne_len(&code) - 2;
+    let displacement = (dec as i64 - FAR as i64 - 8) as i32;
+    let far = [
+        &[0x49, 0xd1, 0xd4, 0xe9][..],
+        &displacement.to_le_bytes()[..],
+    ]
+    .concat();
+    let mut one = computer(&code);
+    one.put(FAR, &far);
+    finish(&mut one);
+    let mut two = computer(&code);
+    two.put(FAR, &far);
+    translate(&mut two, ALWAYS);
+    finish(&mut two);
+    compare(&one, &two);
+}
+
+/// Length of the JNE in front of `out imm8, al`.
+fn jne_len(code: &[u8]) -> u64 {
+    if code[code.len() - 4] == 0x75 { 2 } else { 6 }
+}
