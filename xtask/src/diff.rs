@@ -1,4 +1,4 @@
-//! `cargo xtask diff`: random instructions on the host's processor and in the interpreter.
+//! `cargo xtask diff`: random instructions on the host's processor, interpreted and translated.
 
 use std::process::{Command, ExitCode};
 

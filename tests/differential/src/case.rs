@@ -20,7 +20,7 @@ pub const WRITABLE_PAGES: usize = 2;
 /// Bytes of data.
 pub const DATA_BYTES: usize = DATA_PAGES * PAGE;
 /// Longest code of a case.
-pub const MAX_CODE: usize = 512;
+pub const MAX_CODE: usize = 1024;
 
 /// Selectors of user code and data as Linux defines them for 64-bit programs, and so for every
 /// engine.
@@ -182,7 +182,7 @@ impl End {
 }
 
 /// What a case left behind.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Outcome {
     /// Registers.
     pub state: State,
@@ -190,6 +190,22 @@ pub struct Outcome {
     pub end: End,
     /// The data pages that changed: number and contents.
     pub pages: Vec<(usize, Vec<u8>)>,
+    /// What else this project's processor has: words of the whole XSAVE area and of the system
+    /// state that code can change. The host's are not known.
+    pub rest: Option<Box<[u64]>>,
+}
+
+impl Outcome {
+    /// Whether all is the same that both have.
+    pub fn same(&self, other: &Self) -> bool {
+        self.state == other.state
+            && self.end == other.end
+            && self.pages == other.pages
+            && match (&self.rest, &other.rest) {
+                (Some(a), Some(b)) => a == b,
+                _ => true,
+            }
+    }
 }
 
 /// Something that runs cases.

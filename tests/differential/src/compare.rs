@@ -3,8 +3,8 @@
 use crate::case::{Case, DATA, End, Outcome, PAGE};
 use crate::layout::AVX512;
 use crate::text;
-use anykvm_cpu::state::rflags;
-use iced_x86::{Decoder, DecoderOptions, RflagsBits};
+use anykvm_cpu::state::{XSAVE_BYTES, rflags};
+use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits};
 use std::fmt::Write;
 
 /// The flags that are compared.
@@ -21,19 +21,45 @@ const FLAGS: u64 = rflags::STATUS
 /// sees of a page fault there, whatever the page tables say.
 const KERNEL: u64 = 0x7fff_ffff_f000;
 
+/// Who differs from whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Between {
+    /// The interpreter from the host's processor.
+    HostAndInterpreter,
+    /// Translated code from the interpreter.
+    InterpreterAndTranslated,
+}
+
 /// One thing that differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
+    /// Who differs.
+    pub between: Between,
     /// What: a register, "memory 20000010", "end".
     pub what: String,
-    /// On the host.
-    pub host: String,
-    /// Here.
-    pub guest: String,
+    /// What it should be: on the host, or interpreted.
+    pub wanted: String,
+    /// What it is: interpreted, or translated.
+    pub found: String,
     /// Only flags that the instruction leaves undefined.
     pub undefined: bool,
     /// Which bits differ, if it is a number or a word of memory.
     pub bits: u64,
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (wanted, found) = match self.between {
+            Between::HostAndInterpreter => ("host", "interpreted"),
+            Between::InterpreterAndTranslated => ("interpreted", "translated"),
+        };
+        let Self { what, .. } = self;
+        write!(
+            f,
+            "{what}: {wanted} {}, {found} {}",
+            self.wanted, self.found
+        )
+    }
 }
 
 impl Difference {
@@ -80,51 +106,96 @@ fn normalised(case: &Case, outcome: &Outcome, components: u64) -> Outcome {
     o
 }
 
-/// Everything that differs, with the components that both processors have.
+/// Everything in which the interpreter differs from the host, in the components that both have.
 pub fn differences(
     case: &Case,
     host: &Outcome,
-    guest: &Outcome,
+    interpreted: &Outcome,
     components: u64,
 ) -> Vec<Difference> {
-    if host.end == End::SystemCall || host.end == End::Endless && guest.end == End::Endless {
+    if host.end == End::SystemCall || host.end == End::Endless && interpreted.end == End::Endless {
         return Vec::new();
     }
-    let (h, g) = (
-        normalised(case, host, components),
-        normalised(case, guest, components),
-    );
-    if h == g {
+    let h = normalised(case, host, components);
+    let i = normalised(case, interpreted, components);
+    let mut list = between(Between::HostAndInterpreter, &h, &i);
+    let loose = undefined_flags(case);
+    for d in &mut list {
+        d.undefined = d.what == "rflags" && (h.state.rflags ^ i.state.rflags) & !loose == 0;
+    }
+    list
+}
+
+/// Everything in which translated code differs from the interpreter. Where processors have a choice, both
+/// make the same, but for the flags that BMI1 and BMI2 leave undefined, since only the translator runs these
+/// instructions themselves, and for OF of RCL and RCR, of which a host leaves now this and now that.
+pub fn translation_differences(
+    case: &Case,
+    interpreted: &Outcome,
+    translated: &Outcome,
+) -> Vec<Difference> {
+    // Where an endless case was stopped is chance.
+    if interpreted.end == End::Endless && translated.end == End::Endless {
+        return Vec::new();
+    }
+    let differ = interpreted.state.rflags ^ translated.state.rflags;
+    if differ != 0 && differ & !undefined_flags_of(case, has_loose_flags) == 0 {
+        let mut same = translated.clone();
+        same.state.rflags = interpreted.state.rflags;
+        return between(Between::InterpreterAndTranslated, interpreted, &same);
+    }
+    between(Between::InterpreterAndTranslated, interpreted, translated)
+}
+
+fn has_loose_flags(insn: &Instruction) -> bool {
+    let of = |f: &CpuidFeature| matches!(f, CpuidFeature::BMI1 | CpuidFeature::BMI2);
+    insn.cpuid_features().iter().any(of) || is_rotation_through_carry(insn)
+}
+
+fn is_rotation_through_carry(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
+}
+
+fn between(who: Between, wanted: &Outcome, found: &Outcome) -> Vec<Difference> {
+    if wanted.same(found) {
         return Vec::new();
     }
     let mut list = Vec::new();
-    let mut add = |what: &str, bits: u64, host: String, guest: String| {
+    let mut add = |what: &str, bits: u64, wanted: String, found: String| {
         list.push(Difference {
+            between: who,
             what: what.to_owned(),
-            host,
-            guest,
+            wanted,
+            found,
             undefined: false,
             bits,
         });
     };
-    if end(&h) != end(&g) {
-        add("end", 0, end(&h), end(&g));
+    if end(wanted) != end(found) {
+        add("end", 0, end(wanted), end(found));
     }
-    for ((name, a), (_, b)) in text::numbers(&h.state).iter().zip(text::numbers(&g.state)) {
+    let (numbers, others) = (text::numbers(&wanted.state), text::numbers(&found.state));
+    for ((name, a), (_, b)) in numbers.iter().zip(others) {
         if *a != b {
             add(name, a ^ b, format!("{a:x}"), format!("{b:x}"));
         }
     }
-    for ((name, a), (_, b)) in text::bytes(&h.state).iter().zip(text::bytes(&g.state)) {
+    let (bytes, others) = (text::bytes(&wanted.state), text::bytes(&found.state));
+    for ((name, a), (_, b)) in bytes.iter().zip(others) {
         if *a != b {
             let (a, b) = differing_words(a, b);
             add(name, 0, a, b);
         }
     }
-    memory(&h, &g, &mut add);
-    let loose = undefined_flags(case);
-    for d in &mut list {
-        d.undefined = d.what == "rflags" && (h.state.rflags ^ g.state.rflags) & !loose == 0;
+    memory(wanted, found, &mut add);
+    if let (Some(a), Some(b)) = (&wanted.rest, &found.rest) {
+        for (at, (x, y)) in a.iter().zip(b).enumerate().filter(|(_, (x, y))| x != y) {
+            let name = match at.checked_sub(XSAVE_BYTES / 8) {
+                None => format!("XSAVE area {:x}", at * 8),
+                Some(n) => format!("system state {n}"),
+            };
+            add(&name, x ^ y, format!("{x:x}"), format!("{y:x}"));
+        }
     }
     list
 }
@@ -188,10 +259,20 @@ fn memory(h: &Outcome, g: &Outcome, add: &mut impl FnMut(&str, u64, String, Stri
 
 /// The flags that some instruction of the case leaves undefined.
 fn undefined_flags(case: &Case) -> u64 {
+    undefined_flags_of(case, |_| true)
+}
+
+/// The same of some instructions.
+fn undefined_flags_of(case: &Case, wanted: fn(&Instruction) -> bool) -> u64 {
     let mut decoder = Decoder::with_ip(case.bits, &case.code, case.state.rip, DecoderOptions::NONE);
     let mut bits = 0;
     while decoder.can_decode() {
-        bits |= decoder.decode().rflags_undefined();
+        let insn = decoder.decode();
+        if wanted(&insn) {
+            bits |= insn.rflags_undefined();
+            // iced-x86 takes it for unchanged if the count is a multiple of the width with CF.
+            bits |= u32::from(is_rotation_through_carry(&insn)) * RflagsBits::OF;
+        }
     }
     [
         (RflagsBits::OF, rflags::OF),

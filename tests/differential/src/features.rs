@@ -174,6 +174,34 @@ impl Features {
         features.iter().all(|f| self.agree(*f) == Some(true))
     }
 
+    /// Whether both processors have them for certain: every x86-64 processor does, or CPUID says so.
+    pub fn certain(&self, features: &[F]) -> bool {
+        const BASE: &[F] = &[
+            F::INTEL8086,
+            F::INTEL186,
+            F::INTEL286,
+            F::INTEL386,
+            F::INTEL486,
+            F::X64,
+            F::CMOV,
+            F::CX8,
+            F::FPU,
+            F::FPU287,
+            F::FPU387,
+            F::FXSR,
+            F::MMX,
+            F::MULTIBYTENOP,
+            F::PAUSE,
+            F::SSE,
+            F::SSE2,
+            F::CLFSH,
+        ];
+        self.present(features)
+            && features
+                .iter()
+                .all(|f| flag(*f).is_some() || BASE.contains(f))
+    }
+
     /// Whether the host is AMD's (or Hygon's).
     pub fn host_is_amd(&self) -> bool {
         self.host.is_amd()

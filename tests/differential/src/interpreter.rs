@@ -16,6 +16,7 @@ use anykvm_cpu::memory::{GuestMemory, MemoryMap, Slot};
 use anykvm_cpu::state::{reg, seg};
 use anykvm_cpu::{Cpu, Exit, Requests, requests};
 use anykvm_jit::{Jit, Options};
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +29,8 @@ const RAM: usize = 0x10_0000;
 /// Instructions after which a case is endless. A REP instruction counts once for each time it is
 /// entered.
 const BUDGET: u64 = 200_000;
+/// Processor time after which a translated case is endless: enough for many times the budget.
+const PATIENCE: Duration = Duration::from_millis(30);
 const INT3: u8 = 0xcc;
 
 /// How the processor executes code.
@@ -38,6 +41,21 @@ pub enum Way {
     Interpreted,
     /// Everything that can be is translated before it runs.
     Translated,
+}
+
+thread_local! {
+    /// A case runs.
+    static RUNNING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// From now on nothing is printed of panics of the processor: they are outcomes, told with their cases.
+pub fn keep_panics_quiet() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !RUNNING.get() {
+            usual(panic);
+        }
+    }));
 }
 
 /// The processor.
@@ -109,12 +127,15 @@ impl Interpreter {
 
     fn run_one(&mut self, case: &Case) -> Outcome {
         self.place(case);
+        RUNNING.set(true);
         let run = catch_unwind(AssertUnwindSafe(|| self.run_code()));
+        RUNNING.set(false);
         let Ok(exit) = run else {
             let outcome = Outcome {
                 state: case.state,
                 end: End::Failed("panicked".to_owned()),
                 pages: Vec::new(),
+                rest: None,
             };
             *self = Self::new(self.way);
             return outcome;
@@ -127,15 +148,19 @@ impl Interpreter {
             return self.cpu.run(BUDGET);
         }
         // Translated code knows no budget; a thread that asks for the processor takes its place.
-        for _ in 0..20 {
+        let mut end = None;
+        loop {
             match self.cpu.run(u64::MAX) {
                 Exit::Request => {
                     self.cpu.requests().take(requests::KICK);
+                    let now = thread_time();
+                    if now > *end.get_or_insert(now + PATIENCE) {
+                        return Exit::Budget;
+                    }
                 }
                 other => return other,
             }
         }
-        Exit::Budget
     }
 
     /// Makes memory and registers those of the case.
@@ -197,8 +222,28 @@ impl Interpreter {
             (Exit::Budget, _) => End::Endless,
             (other, _) => End::Failed(format!("{other:?}")),
         };
+        let rest = self.rest();
         let pages = self.changed_pages(case);
-        Outcome { state, end, pages }
+        Outcome {
+            state,
+            end,
+            pages,
+            rest: Some(rest),
+        }
+    }
+
+    /// See [`Outcome::rest`].
+    fn rest(&self) -> Box<[u64]> {
+        let s = &self.cpu.state;
+        let area = s.xsave.0.chunks_exact(8);
+        let area = area.map(|word| word.iter().rev().fold(0, |w, b| w << 8 | u64::from(*b)));
+        let segments = s.seg.iter().flat_map(|s| {
+            let hidden = u64::from(s.attr) | u64::from(s.selector) << 16;
+            [s.base, u64::from(s.limit) | hidden << 32]
+        });
+        area.chain([s.cr2, s.dr6, u64::from(s.events.shadow)])
+            .chain(segments)
+            .collect()
     }
 
     /// The data pages that changed; the data is restored.
@@ -240,9 +285,20 @@ fn watch(cpu: &Cpu) {
         while let Some(word) = word.upgrade() {
             word.set(requests::KICK);
             drop(word);
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(10));
         }
     });
+}
+
+/// Processor time of this thread.
+fn thread_time() -> Duration {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: fills the structure.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut now) };
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 /// The CPUID this project offers, but for linear addresses no wider than the host's: WRFSBASE checks

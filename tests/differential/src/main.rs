@@ -5,15 +5,14 @@ use anykvm_differential::case::Case;
 use anykvm_differential::features::Features;
 use anykvm_differential::generate::{Generator, Wanted};
 use anykvm_differential::host::{self, BATCH};
-use anykvm_differential::interpreter::Way;
-use anykvm_differential::run::{Account, Pair, Verdict};
-use anykvm_differential::{text, tolerated};
+use anykvm_differential::run::{Account, Engines, Verdict};
+use anykvm_differential::{interpreter, text, tolerated};
 use clap::Parser;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// Random instructions on the host's processor and in the interpreter: every result is compared.
+/// Random instructions on the host's processor, interpreted and translated: every result is compared.
 #[derive(Parser)]
 #[command(name = "cargo xtask diff", bin_name = "cargo xtask diff")]
 struct Args {
@@ -39,9 +38,6 @@ struct Args {
     /// Stop once this many different failures are found
     #[arg(long, default_value_t = 20)]
     failures: usize,
-    /// Compare translated code, not the interpreter
-    #[arg(long)]
-    translated: bool,
     /// Print which encodings no case had
     #[arg(long)]
     coverage: bool,
@@ -63,25 +59,19 @@ fn perform(args: &Args) -> Result<bool> {
         println!("nothing was compared: this host has no {what}");
         return Ok(true);
     }
-    // A panic in the interpreter is an outcome, and told with the case.
-    std::panic::set_hook(Box::new(|_| {}));
-    let way = if args.translated {
-        Way::Translated
-    } else {
-        Way::Interpreted
-    };
-    let mut pair = Pair::new(way).context("cannot make the engines")?;
+    interpreter::keep_panics_quiet();
+    let mut engines = Engines::new().context("cannot make the engines")?;
     match &args.replay {
-        Some(file) => replay(&mut pair, file),
-        None => compare(&mut pair, args),
+        Some(file) => replay(&mut engines, file),
+        None => compare(&mut engines, args),
     }
 }
 
-fn replay(pair: &mut Pair, file: &Path) -> Result<bool> {
+fn replay(engines: &mut Engines, file: &Path) -> Result<bool> {
     let source = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
     let case = text::parse(&source).with_context(|| file.display().to_string())?;
     print!("{}", text::print(&case));
-    let verdict = pair.run(std::slice::from_ref(&case)).pop();
+    let verdict = engines.run(std::slice::from_ref(&case)).pop();
     let (list, same) = match verdict {
         Some(Verdict::Different(list)) => (list, false),
         Some(Verdict::Undefined(list)) => (list, true),
@@ -92,13 +82,13 @@ fn replay(pair: &mut Pair, file: &Path) -> Result<bool> {
         _ => (Vec::new(), true),
     };
     for d in &list {
-        println!("# {}: host {}, here {}", d.what, d.host, d.guest);
+        println!("# {d}");
     }
     println!("# {}", if same { "the same" } else { "DIFFERENT" });
     Ok(same)
 }
 
-fn compare(pair: &mut Pair, args: &Args) -> Result<bool> {
+fn compare(engines: &mut Engines, args: &Args) -> Result<bool> {
     if !matches!(args.bits, 0 | 32 | 64) {
         bail!("--bits is 32 or 64");
     }
@@ -106,8 +96,8 @@ fn compare(pair: &mut Pair, args: &Args) -> Result<bool> {
         bits: args.bits,
         only: args.only.clone(),
     };
-    let features = Features::new(pair.guest.cpuid());
-    let mut generator = Generator::new(features, pair.components, &wanted, args.seed);
+    let features = Features::new(engines.interpreter.cpuid());
+    let mut generator = Generator::new(features, engines.components, &wanted, args.seed);
     if generator.is_empty() {
         bail!("no instruction has that name");
     }
@@ -117,8 +107,8 @@ fn compare(pair: &mut Pair, args: &Args) -> Result<bool> {
     while account.cases < args.cases && account.failures.len() < args.failures {
         let count = (args.cases - account.cases).min(BATCH as u64);
         let cases: Vec<Case> = (0..count).map(|_| generator.case()).collect();
-        let verdicts = pair.run(&cases);
-        account.enter(pair, &cases, verdicts);
+        let verdicts = engines.run(&cases);
+        account.enter(engines, &cases, verdicts);
         let seconds = start.elapsed().as_secs();
         if seconds >= told + 30 {
             told = seconds;
@@ -126,11 +116,17 @@ fn compare(pair: &mut Pair, args: &Args) -> Result<bool> {
         }
     }
     let seconds = start.elapsed().as_secs_f64();
-    report(args, &account, &generator, seconds)?;
+    report(args, engines, &account, &generator, seconds)?;
     Ok(account.failures.is_empty())
 }
 
-fn report(args: &Args, account: &Account, generator: &Generator, seconds: f64) -> Result<()> {
+fn report(
+    args: &Args,
+    engines: &Engines,
+    account: &Account,
+    generator: &Generator,
+    seconds: f64,
+) -> Result<()> {
     for (name, failure) in &account.failures {
         println!("\n--- {name} ({} times)\n{}", failure.count, failure.text());
         let file = args
@@ -157,6 +153,14 @@ fn report(args: &Args, account: &Account, generator: &Generator, seconds: f64) -
             "tolerated: {count:>7}  {name}: {}",
             rule.map_or("", |r| r.reason)
         );
+    }
+    for long in [false, true] {
+        let ends = engines.ends.iter().filter(|((l, _), _)| *l == long);
+        let ends: Vec<_> = ends
+            .map(|((_, end), count)| format!("{end} {count}"))
+            .collect();
+        let length = if long { "several instructions" } else { "one" };
+        println!("ends of cases of {length}: {}", ends.join(", "));
     }
     for (name, count) in &account.undefined {
         println!("undefined flags: {count:>5}  {name}");

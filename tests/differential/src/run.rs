@@ -1,7 +1,7 @@
-//! Runs cases on both engines and keeps account.
+//! Runs cases on all engines and keeps account.
 
-use crate::case::{Case, Engine};
-use crate::compare::{Difference, differences};
+use crate::case::{Case, End, Engine, Outcome};
+use crate::compare::{Difference, differences, translation_differences};
 use crate::host::Host;
 use crate::interpreter::{Interpreter, Way};
 use crate::minimise;
@@ -11,14 +11,21 @@ use iced_x86::{Code, Decoder, DecoderOptions};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 
-/// Both engines.
-pub struct Pair {
+/// Bytes of the longest instruction.
+const LONGEST: usize = 15;
+
+/// All engines.
+pub struct Engines {
     /// The reference.
     pub host: Host,
-    /// What is compared with it.
-    pub guest: Interpreter,
-    /// The XSAVE components that both have.
+    /// Is compared with the host.
+    pub interpreter: Interpreter,
+    /// Is compared with the interpreter.
+    pub translated: Interpreter,
+    /// The XSAVE components that the host and this processor have.
     pub components: u64,
+    /// How cases ended in the interpreter; those of more than one instruction apart.
+    pub ends: BTreeMap<(bool, String), u64>,
 }
 
 /// What came of a case.
@@ -33,41 +40,59 @@ pub enum Verdict {
     Different(Vec<Difference>),
 }
 
-impl Pair {
-    /// Both engines.
-    pub fn new(way: Way) -> std::io::Result<Self> {
+impl Engines {
+    /// All engines.
+    pub fn new() -> std::io::Result<Self> {
         let host = Host::new()?;
-        let guest = Interpreter::new(way);
-        let components = host.components() & guest.components();
+        let interpreter = Interpreter::new(Way::Interpreted);
+        let components = host.components() & interpreter.components();
         Ok(Self {
             host,
-            guest,
+            interpreter,
+            translated: Interpreter::new(Way::Translated),
             components,
+            ends: BTreeMap::new(),
         })
     }
 
-    /// Runs some cases, at most a batch of the host's, on both at the same time.
+    /// Runs some cases, at most a batch of the host's: on the host at the same time as here.
     pub fn run(&mut self, cases: &[Case]) -> Vec<Verdict> {
         self.host.start(cases);
-        let guest = self.guest.run(cases);
+        let interpreted = self.interpreter.run(cases);
+        let translated = self.translated.run(cases);
         let host = self.host.finish(cases);
-        let outcomes = host.iter().zip(&guest);
-        cases
-            .iter()
-            .zip(outcomes)
-            .map(|(case, (h, g))| {
-                let list = differences(case, h, g, self.components);
-                if list.is_empty() {
-                    Verdict::Same
-                } else if let Some(rule) = tolerated::explanation(case, h, g, &list) {
-                    Verdict::Tolerated(rule.name)
-                } else if list.iter().all(|d| d.undefined) {
-                    Verdict::Undefined(list)
-                } else {
-                    Verdict::Different(list)
-                }
-            })
-            .collect()
+        let mut verdicts = Vec::with_capacity(cases.len());
+        for (case, i) in cases.iter().zip(&interpreted) {
+            let end = match &i.end {
+                End::Exception { vector, .. } => format!("vector {vector}"),
+                other => format!("{other:?}"),
+            };
+            let long = case.code.len() > LONGEST;
+            *self.ends.entry((long, end)).or_insert(0) += 1;
+        }
+        for (((case, h), i), t) in cases.iter().zip(&host).zip(&interpreted).zip(&translated) {
+            verdicts.push(match self.against_host(case, h, i) {
+                different @ Verdict::Different(_) => different,
+                other => match translation_differences(case, i, t) {
+                    list if list.is_empty() => other,
+                    list => Verdict::Different(list),
+                },
+            });
+        }
+        verdicts
+    }
+
+    fn against_host(&self, case: &Case, host: &Outcome, interpreted: &Outcome) -> Verdict {
+        let list = differences(case, host, interpreted, self.components);
+        if list.is_empty() {
+            Verdict::Same
+        } else if let Some(rule) = tolerated::explanation(case, host, interpreted, &list) {
+            Verdict::Tolerated(rule.name)
+        } else if list.iter().all(|d| d.undefined) {
+            Verdict::Undefined(list)
+        } else {
+            Verdict::Different(list)
+        }
     }
 
     /// The differences of one case that have no reason.
@@ -94,7 +119,7 @@ impl Failure {
     pub fn text(&self) -> String {
         let mut out = text::print(&self.case);
         for d in &self.differences {
-            let _ = writeln!(out, "# {}: host {}, here {}", d.what, d.host, d.guest);
+            let _ = writeln!(out, "# {d}");
         }
         out
     }
@@ -117,7 +142,7 @@ pub struct Account {
 
 impl Account {
     /// Enters a batch. New failures are made small with the engines.
-    pub fn enter(&mut self, pair: &mut Pair, cases: &[Case], verdicts: Vec<Verdict>) {
+    pub fn enter(&mut self, engines: &mut Engines, cases: &[Case], verdicts: Vec<Verdict>) {
         for (case, verdict) in cases.iter().zip(verdicts) {
             self.cases += 1;
             let mut decoder =
@@ -131,18 +156,18 @@ impl Account {
                     let name = format!("{:?}", first.mnemonic());
                     *self.undefined.entry(name).or_insert(0) += 1;
                 }
-                Verdict::Different(list) => self.fail(pair, case, list),
+                Verdict::Different(list) => self.fail(engines, case, list),
             }
         }
     }
 
-    fn fail(&mut self, pair: &mut Pair, case: &Case, list: Vec<Difference>) {
+    fn fail(&mut self, engines: &mut Engines, case: &Case, list: Vec<Difference>) {
         let key = key(case, &list);
         if let Some(known) = self.failures.get_mut(&key) {
             known.count += 1;
             return;
         }
-        let (case, differences) = minimise::minimal(pair, case, list);
+        let (case, differences) = minimise::minimal(engines, case, list);
         let failure = Failure {
             case,
             differences,
@@ -154,7 +179,7 @@ impl Account {
 
 fn key(case: &Case, list: &[Difference]) -> String {
     let mut decoder = Decoder::with_ip(case.bits, &case.code, case.state.rip, DecoderOptions::NONE);
-    let names: Vec<String> = if case.code.len() > 15 {
+    let names: Vec<String> = if case.code.len() > LONGEST {
         vec!["block".to_owned()]
     } else {
         decoder

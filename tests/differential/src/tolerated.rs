@@ -130,6 +130,18 @@ impl Seen<'_> {
         self.is_xsave() || self.is(ALL)
     }
 
+    /// Of the memory operand, with the registers as they are here at the end.
+    fn effective_address(&self) -> Option<u64> {
+        self.insn.virtual_address(0, 0, |register, _, _| {
+            let full = register.full_register();
+            match register {
+                Register::FS | Register::GS => Some(0),
+                _ if full.is_gpr() => Some(self.guest.state.gpr[full.number()]),
+                _ => None,
+            }
+        })
+    }
+
     fn alignment_checked(&self) -> bool {
         (self.case.state.rflags | self.host.state.rflags) & rflags::AC != 0
     }
@@ -218,6 +230,18 @@ pub const TOLERATED: &[Tolerated] = &[
         applies: |s| {
             matches!(s.vectors(), (Some(v::PF | v::SS), Some(v::GP)))
                 && (s.insn.memory_size().size() >= 16 || s.accesses_much())
+        },
+    },
+    Tolerated {
+        name: "canonical with its segment's base only",
+        reason: "an address is checked with the base added (SDM Vol. 1, 3.3.7.1); AMD's processors may \
+                 find fault with the effective address alone",
+        applies: |s| {
+            s.vectors() == (Some(v::GP), Some(v::PF))
+                && s.case.bits == 64
+                && matches!(s.insn.memory_segment(), Register::FS | Register::GS)
+                && s.effective_address()
+                    .is_some_and(|a| (a as i64) << 16 >> 16 != a as i64)
         },
     },
     Tolerated {

@@ -1,6 +1,6 @@
 //! Instructions that are not compared, and why.
 
-use iced_x86::{CpuidFeature, FlowControl, Instruction, Mnemonic as M};
+use iced_x86::{CpuidFeature, FlowControl, Instruction, Mnemonic as M, OpKind};
 
 /// Why an instruction is not run, if it is not.
 pub fn reason(insn: &Instruction) -> Option<&'static str> {
@@ -44,7 +44,9 @@ pub fn reason(insn: &Instruction) -> Option<&'static str> {
 pub fn alone(insn: &Instruction, bytes: &[u8]) -> bool {
     use CpuidFeature as F;
     const UNDEFINED_FLAGS: [F; 2] = [F::BMI1, F::BMI2];
-    const STATES: [M; 14] = [
+    const STATES: [M; 16] = [
+        M::Fnstenv,
+        M::Fnsave,
         M::Fxsave,
         M::Fxsave64,
         M::Xsave,
@@ -61,6 +63,9 @@ pub fn alone(insn: &Instruction, bytes: &[u8]) -> bool {
         M::Popa,
     ];
     let prefixes = &bytes[..insn.len().min(6)];
+    // By more than one, OF is what the host likes.
+    let rotation = matches!(insn.mnemonic(), M::Rcl | M::Rcr)
+        && !(insn.op1_kind() == OpKind::Immediate8 && insn.immediate8() == 1);
     insn.flow_control() != FlowControl::Next && prefixes.contains(&0x66)
         || insn.is_jmp_far_indirect()
         || insn.is_call_far_indirect()
@@ -70,5 +75,6 @@ pub fn alone(insn: &Instruction, bytes: &[u8]) -> bool {
             .iter()
             .any(|f| UNDEFINED_FLAGS.contains(f))
         || STATES.contains(&insn.mnemonic())
+        || rotation
         || insn.mnemonic() == M::Push && insn.op0_register().is_segment_register()
 }

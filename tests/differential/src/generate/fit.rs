@@ -22,6 +22,20 @@ const SELECTORS: [u16; 12] = [
     0x28,
 ];
 
+/// An address for `size` bytes with which little faults.
+fn calm_address(r: &mut Random, size: u64) -> u64 {
+    if r.once_in(25) {
+        return address(r, size);
+    }
+    let alignment = size.next_power_of_two().clamp(1, 64);
+    let at = DATA + 0x400 + r.below(2 * PAGE as u64 - 0x800);
+    if r.once_in(4) && size <= 8 {
+        at
+    } else {
+        at & !(alignment - 1)
+    }
+}
+
 /// An address for `size` bytes: mostly well inside, sometimes at an edge, read-only or not mapped.
 fn address(r: &mut Random, size: u64) -> u64 {
     let page = PAGE as u64;
@@ -63,7 +77,7 @@ impl Generator {
             .op_kinds()
             .any(|k| matches!(k, OpKind::MemorySegRDI | OpKind::MemorySegEDI))
         {
-            let at = address(&mut self.random, 16);
+            let at = self.address(draft, 16);
             fits &= self.set(draft, Register::RDI, at);
         }
         if insn.is_stack_instruction() {
@@ -76,13 +90,22 @@ impl Generator {
         fits
     }
 
-    /// A register's value at the beginning; false if it has been written since.
+    fn address(&mut self, draft: &Draft, size: u64) -> u64 {
+        if draft.program {
+            calm_address(&mut self.random, size)
+        } else {
+            address(&mut self.random, size)
+        }
+    }
+
+    /// A register's value at the beginning, or where it is loaded; false if it has been written since.
     fn set(&mut self, draft: &mut Draft, register: Register, value: u64) -> bool {
         let full = register.full_register();
         if !full.is_gpr() {
             return true;
         }
         if draft.fixed.contains(&full) {
+            draft.blocked = Some(full);
             return false;
         }
         draft.fixed.push(full);
@@ -92,7 +115,15 @@ impl Generator {
         } else {
             0
         };
-        draft.state().gpr[full.number()] = value | rest;
+        let value = value | rest;
+        match draft.loads.iter().position(|(r, _)| *r == full) {
+            Some(n) => {
+                let (_, at) = draft.loads.swap_remove(n);
+                let size = draft.case.bits as usize / 8;
+                draft.case.code[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
+            }
+            None => draft.state().gpr[full.number()] = value,
+        }
         true
     }
 
@@ -110,7 +141,7 @@ impl Generator {
                 let zmm = &mut draft.case.state.zmm[register.number() & 31];
                 self.random.fill(kind, &mut zmm[..size]);
             }
-            if register.is_segment_register() && n == 0 {
+            if register.is_segment_register() && n == 0 && !draft.program {
                 let selector = self.random.pick(&SELECTORS);
                 if insn.op1_kind() == OpKind::Register {
                     let high = self.random.word() << 16;
@@ -123,6 +154,10 @@ impl Generator {
                     draft.state().gpr[insn.op1_register().full_register().number()] = v;
                 }
             }
+        }
+        if draft.program {
+            // General registers have meanings already.
+            return;
         }
         if matches!(insn.mnemonic(), M::Verr | M::Verw | M::Lar)
             && insn.op0_kind() == OpKind::Register
@@ -168,7 +203,7 @@ impl Generator {
         bytes: &mut [u8],
     ) -> bool {
         let size = size_of_operand(insn);
-        let mut target = address(&mut self.random, size);
+        let mut target = self.address(draft, size);
         let locked = insn.has_lock_prefix() || insn.mnemonic() == M::Xchg;
         if locked && !self.random.once_in(64) {
             // Split locks are slow, and some hosts punish them.
@@ -190,8 +225,12 @@ impl Generator {
             } else {
                 far
             };
-            draft.state().gpr[r.number()] = far;
-            draft.fixed.push(r);
+            if !draft.program {
+                draft.state().gpr[r.number()] = far;
+                draft.fixed.push(r);
+            } else if !self.set(draft, r, far) {
+                return false;
+            }
         }
         let linear = target;
         target = target.wrapping_sub(Self::base(draft, insn));
@@ -213,8 +252,15 @@ impl Generator {
         let scale = u64::from(insn.memory_index_scale());
         let mut rest = target.wrapping_sub(insn.memory_displacement64());
         if index.is_vector_register() {
+            if draft.program && draft.fixed.contains(&index.full_register()) {
+                return false;
+            }
             self.indices(draft, insn);
         } else if index == Register::AL {
+            if draft.program && draft.fixed.contains(&Register::RAX) {
+                draft.blocked = Some(Register::RAX);
+                return false;
+            }
             rest = rest.wrapping_sub(draft.case.state.gpr[0] & 0xff);
             draft.fixed.push(Register::RAX);
         } else if index != Register::None && index != base {
@@ -364,10 +410,11 @@ impl Generator {
         if narrow || draft.case.bits == 32 {
             (si, di, cx) = (Register::ESI, Register::EDI, Register::ECX);
         }
+        let from = self.address(draft, 8);
+        let away = self.address(draft, 8);
         let r = &mut self.random;
-        let from = address(r, 8);
         let near = from.wrapping_add(r.below(24)).wrapping_sub(12);
-        let to = if r.once_in(3) { near } else { address(r, 8) };
+        let to = if r.once_in(3) { near } else { away };
         let most = r.pick(&[1, 2, 9, 40, 300, 3000]);
         let count = r.below(most);
         let fill = r.word() as u8;
@@ -391,7 +438,7 @@ impl Generator {
         if draft.fixed.contains(&Register::RSP) {
             return;
         }
-        let mut sp = address(&mut self.random, 8);
+        let mut sp = self.address(draft, 8);
         if draft.case.bits == 32 {
             sp &= 0xffff_ffff;
         }
@@ -406,7 +453,7 @@ impl Generator {
                 draft.put(sp, &selector);
             }
             M::Leave | M::Enter => {
-                let bp = address(&mut self.random, 8);
+                let bp = self.address(draft, 8);
                 let bp = if draft.case.bits == 32 {
                     bp & 0xffff_ffff
                 } else {

@@ -3,14 +3,17 @@
 mod encoding;
 pub mod excluded;
 mod fit;
+mod program;
 mod state;
 
 use crate::case::{CODE, CODE_PAGES, Case, PAGE, Patch, State};
 use crate::features::Features;
+use crate::host::{MAX_PATCH_BYTES, PATCH_HEAD};
 use crate::random::{Kind, Random};
 use encoding::Template;
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess, Register,
+    Code, ConstantOffsets, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess,
+    Register,
 };
 use std::collections::BTreeMap;
 
@@ -53,6 +56,14 @@ struct Draft {
     /// Registers that instructions so far have written, or that have their final values.
     fixed: Vec<Register>,
     kind: Kind,
+    /// It is a long one, with branches.
+    program: bool,
+    /// Registers that a program's instructions may not write.
+    reserved: Vec<Register>,
+    /// The register that would have to have another value for the last instruction to fit.
+    blocked: Option<Register>,
+    /// MOVs whose immediate decides a register's value: the register, and where the immediate is.
+    loads: Vec<(Register, usize)>,
 }
 
 impl Generator {
@@ -119,6 +130,9 @@ impl Generator {
     /// A case.
     pub fn case(&mut self) -> Case {
         let set = self.random.below(self.sets.len() as u64) as usize;
+        if !self.only && self.random.once_in(3) {
+            return self.program(set);
+        }
         let r = &mut self.random;
         let count = if self.only || !r.once_in(5) {
             1
@@ -126,18 +140,7 @@ impl Generator {
             2 + r.below(7)
         };
         loop {
-            let bits = self.sets[set].bits;
-            let mut draft = Draft {
-                case: Case {
-                    bits,
-                    code: Vec::new(),
-                    state: state::random(&mut self.random, bits, self.avx512),
-                    patches: Vec::new(),
-                },
-                at: 0,
-                fixed: Vec::new(),
-                kind: self.random.kind(),
-            };
+            let mut draft = self.draft(set);
             draft.case.state.rip = self.place();
             for _ in 0..count {
                 self.add(&mut draft, set, count);
@@ -147,6 +150,26 @@ impl Generator {
             if !draft.case.code.is_empty() {
                 return draft.case;
             }
+        }
+    }
+
+    /// A case without code.
+    fn draft(&mut self, set: usize) -> Draft {
+        let bits = self.sets[set].bits;
+        Draft {
+            case: Case {
+                bits,
+                code: Vec::new(),
+                state: state::random(&mut self.random, bits, self.avx512),
+                patches: Vec::new(),
+            },
+            at: 0,
+            fixed: Vec::new(),
+            kind: self.random.kind(),
+            program: false,
+            reserved: Vec::new(),
+            blocked: None,
+            loads: Vec::new(),
         }
     }
 
@@ -164,14 +187,11 @@ impl Generator {
     fn add(&mut self, draft: &mut Draft, set: usize, count: u64) {
         const ATTEMPTS: u32 = 12;
         for attempt in 1..=ATTEMPTS {
-            let mut bytes = self.bytes(set);
-            let bits = draft.case.bits;
-            draft.at = draft.case.code.len();
-            let ip = draft.case.state.rip + draft.at as u64;
-            let mut decoder = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::NONE);
-            let insn = decoder.decode();
+            let mut bytes = self.bytes(set, draft.program);
+            let insn = draft.decode(&bytes).0;
             if insn.is_invalid() {
-                if !self.random.once_in(8) && attempt < ATTEMPTS {
+                let rare = if draft.program { 1000 } else { 8 };
+                if !self.random.once_in(rare) && (draft.program || attempt < ATTEMPTS) {
                     continue;
                 }
                 if !self.may_be_undefined(&bytes) {
@@ -190,8 +210,10 @@ impl Generator {
             if count > 1 && excluded::alone(&insn, &bytes) {
                 continue;
             }
-            let offsets = decoder.get_constant_offsets(&insn);
-            if !self.operands(draft, &insn, &offsets, &mut bytes) && attempt < ATTEMPTS {
+            if draft.program && !self.fits_program(draft, &insn) {
+                continue;
+            }
+            if !self.fit(draft, &mut bytes) && (draft.program || attempt < ATTEMPTS) {
                 continue;
             }
             draft.case.code.extend(&bytes[..insn.len()]);
@@ -200,10 +222,34 @@ impl Generator {
         }
     }
 
-    fn bytes(&mut self, set: usize) -> Vec<u8> {
+    /// Makes the operands. In a program, registers that stand in the way are loaded first.
+    fn fit(&mut self, draft: &mut Draft, bytes: &mut [u8]) -> bool {
+        const LOADS: u32 = 3;
+        for _ in 0..LOADS {
+            let (insn, offsets) = draft.decode(bytes);
+            draft.blocked = None;
+            if self.operands(draft, &insn, &offsets, bytes) {
+                return true;
+            }
+            let Some(register) = draft.blocked.filter(|_| draft.program) else {
+                return false;
+            };
+            if register == Register::RSP || draft.reserved.contains(&register) {
+                return false;
+            }
+            let size = draft.case.bits as usize / 8;
+            let at = draft.load(register.number(), 0, size);
+            draft.fixed.retain(|r| *r != register);
+            draft.loads.push((register, at));
+        }
+        false
+    }
+
+    fn bytes(&mut self, set: usize, program: bool) -> Vec<u8> {
         let r = &mut self.random;
         let set = &self.sets[set];
-        if !self.only && r.once_in(25) {
+        let usual = |often| if program { 4000 } else { often };
+        if !self.only && r.once_in(usual(25)) {
             let mut bytes = vec![0; 24];
             r.noise(&mut bytes);
             if r.once_in(2) {
@@ -211,7 +257,7 @@ impl Generator {
             }
             return bytes;
         }
-        let absent = set.present.is_empty() || !set.absent.is_empty() && r.once_in(40);
+        let absent = set.present.is_empty() || !set.absent.is_empty() && r.once_in(usual(40));
         let template = if absent {
             &set.absent[r.below(set.absent.len() as u64) as usize]
         } else {
@@ -269,6 +315,15 @@ fn is_named(code: Code, name: &str) -> bool {
 }
 
 impl Draft {
+    /// The instruction these bytes would be at the end of the code, which is where it is made.
+    fn decode(&mut self, bytes: &[u8]) -> (Instruction, ConstantOffsets) {
+        self.at = self.case.code.len();
+        let ip = self.case.state.rip + self.at as u64;
+        let mut decoder = Decoder::with_ip(self.case.bits, bytes, ip, DecoderOptions::NONE);
+        let insn = decoder.decode();
+        (insn, decoder.get_constant_offsets(&insn))
+    }
+
     /// Bytes of memory at the beginning, as far as they are writable.
     fn put(&mut self, at: u64, bytes: &[u8]) {
         use crate::case::{DATA, WRITABLE_PAGES};
@@ -276,11 +331,14 @@ impl Draft {
         if at < DATA || at >= end {
             return;
         }
-        let room = (end - at) as usize;
-        self.case.patches.push(Patch {
-            at,
-            bytes: bytes[..bytes.len().min(room)].to_vec(),
-        });
+        let bytes = &bytes[..bytes.len().min((end - at) as usize)];
+        let size = |len: usize| PATCH_HEAD + len;
+        let used: usize = self.case.patches.iter().map(|p| size(p.bytes.len())).sum();
+        if used + size(bytes.len()) > MAX_PATCH_BYTES {
+            return;
+        }
+        let bytes = bytes.to_vec();
+        self.case.patches.push(Patch { at, bytes });
     }
 
     fn state(&mut self) -> &mut State {

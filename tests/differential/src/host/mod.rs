@@ -5,8 +5,8 @@ mod shared;
 
 use crate::case::{Case, End, Engine, Outcome, State};
 use crate::layout::{KNOWN, Layout};
-pub use shared::BATCH;
 use shared::Shared;
+pub use shared::{BATCH, MAX_PATCH_BYTES, PATCH_HEAD};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -116,6 +116,7 @@ impl Host {
                 state: State::new(64),
                 end: end_of_child,
                 pages: Vec::new(),
+                rest: None,
             });
             first = end + 1;
             if first >= cases.len() {

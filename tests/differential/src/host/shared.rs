@@ -5,7 +5,10 @@ use std::sync::atomic::AtomicU32;
 
 /// Cases of one batch.
 pub const BATCH: usize = 64;
-const MAX_PATCH_BYTES: usize = 8192;
+/// Room for a case's memory.
+pub const MAX_PATCH_BYTES: usize = 8192;
+/// Of which a patch takes this much beside its bytes.
+pub const PATCH_HEAD: usize = 12;
 
 /// Outcome kinds of [`Slot::ended`].
 pub mod ended {
@@ -99,6 +102,7 @@ impl Slot {
             state,
             end,
             pages: changed.map(|n| (n, self.pages[n].to_vec())).collect(),
+            rest: None,
         }
     }
 }
