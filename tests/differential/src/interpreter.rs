@@ -125,6 +125,11 @@ impl Interpreter {
         &self.cpu.cpuid
     }
 
+    /// Blocks that were interpreted so far.
+    pub fn interpreted_blocks(&self) -> u64 {
+        self.cpu.counters.blocks
+    }
+
     fn run_one(&mut self, case: &Case) -> Outcome {
         self.place(case);
         RUNNING.set(true);

@@ -60,6 +60,15 @@ fn the_host_computes() {
 }
 
 #[test]
+fn each_engine_is_what_it_says() {
+    let Some(mut engines) = engines() else { return };
+    engines.run(&[add_rax_rcx()]);
+    assert_eq!(engines.interpreter.interpreted_blocks(), 2);
+    // The INT3 where the case ends, which is no instruction for the translator.
+    assert!(engines.translated.interpreted_blocks() <= 1);
+}
+
+#[test]
 fn a_difference_is_noticed() {
     let Some(mut engines) = engines() else { return };
     let case = add_rax_rcx();
