@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 mod boot;
+mod jit;
 mod run;
 
 use std::process::ExitCode;

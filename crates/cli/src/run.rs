@@ -15,6 +15,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
+use crate::jit::JitArgs;
+
 /// File name of the shim library.
 const LIBRARY: &str = "libanykvm.so";
 
@@ -25,6 +27,9 @@ pub struct RunArgs {
     /// software (soft), always the host (kvm)
     #[arg(long, value_enum, default_value_t = Backend::Auto)]
     backend: Backend,
+
+    #[command(flatten)]
+    jit: JitArgs,
 
     /// Test whether the host's /dev/kvm runs a guest, and exit
     #[arg(long, hide = true)]
@@ -131,6 +136,7 @@ fn start(args: &RunArgs) -> Result<std::convert::Infallible, Error> {
         let preload = ld_preload(&library, std::env::var_os("LD_PRELOAD").as_deref())?;
         command.env("LD_PRELOAD", preload);
         command.env("ANYKVM_BACKEND", "soft");
+        args.jit.hand_on(&mut command);
         eprintln!("anykvm: backend soft, a software processor ({why})");
     }
     Err(Error::Exec(path, command.exec()))

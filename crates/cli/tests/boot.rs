@@ -180,3 +180,28 @@ fn command_lines_that_make_no_sense() {
         assert!(!output.stderr.is_empty());
     }
 }
+
+#[test]
+fn a_code_cache_too_small_to_work_with() {
+    let folder = Folder::new("cache");
+    let kernel = folder.file("kernel", &bzimage());
+    let kernel = text(&kernel);
+    for (option, value, reason) in [
+        ("--jit-cache", "1023K", "less than 1M"),
+        ("--jit", "sometimes", "off, on, always"),
+    ] {
+        let output = boot(&["--kernel", kernel, option, value]);
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(
+            message.contains(option) && message.contains(reason),
+            "{message}"
+        );
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_anykvm"))
+        .args(["boot", "--kernel", kernel])
+        .env("ANYKVM_JIT_CACHE", "100")
+        .output()
+        .unwrap();
+    refused(&output, &["ANYKVM_JIT_CACHE=100", "less than 1M"]);
+}

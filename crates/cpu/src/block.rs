@@ -103,6 +103,13 @@ pub struct BlockCache {
     flushes: u64,
     /// Hashes of the linear pages that something was remembered for since then.
     pages: Box<[u64]>,
+    /// Bytes behind the blocks.
+    behind: usize,
+}
+
+/// Bytes of memory behind a block.
+fn behind(block: &Block) -> usize {
+    size_of_val(&*block.insns) + block.bytes.len()
 }
 
 impl Default for BlockCache {
@@ -116,6 +123,7 @@ impl Default for BlockCache {
             epoch: 0,
             flushes: 0,
             pages: vec![0; PAGES as usize / 64].into_boxed_slice(),
+            behind: 0,
         }
     }
 }
@@ -221,6 +229,15 @@ impl BlockCache {
             insn,
         });
     }
+    /// Bytes of memory that the cache takes.
+    pub fn memory(&self) -> usize {
+        self.behind
+            + self.blocks.capacity() * size_of::<Block>()
+            + self.by_address.capacity() * size_of::<((u64, u32), BlockId)>()
+            + size_of_val(&*self.jumps)
+            + size_of_val(&*self.crossings)
+            + size_of_val(&*self.pages)
+    }
     /// The block made from this host address in this mode.
     pub fn find(&self, host: u64, mode: Mode) -> Option<BlockId> {
         self.by_address.get(&(host, mode.bits_packed())).copied()
@@ -242,12 +259,16 @@ impl BlockCache {
         if self.blocks.len() >= MAX_BLOCKS {
             self.blocks.clear();
             self.by_address.clear();
+            self.behind = 0;
             self.forget_jumps();
         }
+        self.behind += behind(&block);
         let key = (block.host, mode.bits_packed());
         if let Some(id) = self.by_address.get(&key).copied()
             && let Some(old) = self.blocks.get_mut(id.0 as usize)
         {
+            // A block that is running right now has lent its instructions out.
+            self.behind = self.behind.saturating_sub(behind(old));
             *old = block;
             return id;
         }

@@ -31,6 +31,36 @@ pub trait Translator: Send {
     /// Runs code from the processor's RIP for a while. It returns when the run loop should look
     /// around; `Err` ends [`Cpu::run`]. Called only when no instruction has to be executed alone.
     fn run(&mut self, cpu: &mut Cpu) -> Result<(), Exit>;
+
+    /// What it has done so far, and what it holds.
+    fn stats(&self) -> TranslatorStats {
+        TranslatorStats::default()
+    }
+}
+
+/// Counters of a translator.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TranslatorStats {
+    /// Blocks translated.
+    pub blocks: u64,
+    /// Guest instructions in them.
+    pub block_instructions: u64,
+    /// Nanoseconds spent translating.
+    pub translation_ns: u64,
+    /// Translations dropped because their bytes changed.
+    pub dropped: u64,
+    /// Times all translations were dropped because there was no room for one more.
+    pub flushes: u64,
+    /// Times translated code was entered from the run loop.
+    pub entries: u64,
+    /// Instructions that translated code left to the interpreter.
+    pub left: u64,
+    /// Instructions executed by translated code, if they are counted.
+    pub executed: u64,
+    /// Bytes of translated code there are now.
+    pub code_bytes: u64,
+    /// Bytes of memory the translator holds, code included.
+    pub memory_bytes: u64,
 }
 
 impl Cpu {
@@ -46,6 +76,18 @@ impl Cpu {
         let result = translator.run(self);
         self.translator = Some(translator);
         result
+    }
+
+    /// The translator's counters; `None` without a translator.
+    pub fn translator_stats(&self) -> Option<TranslatorStats> {
+        self.translator.as_ref().map(|t| t.stats())
+    }
+
+    /// Bytes of memory that this processor holds beside guest RAM: decoded blocks, TLB, and what its
+    /// translator holds.
+    pub fn memory_bytes(&self) -> u64 {
+        let own = size_of::<Self>() + self.blocks.memory() + self.tlb.memory();
+        own as u64 + self.translator_stats().map_or(0, |t| t.memory_bytes)
     }
 
     /// The decoded block at RIP, its bytes checked. If there is none that could be kept, one

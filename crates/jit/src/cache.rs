@@ -5,9 +5,10 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::ptr;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// Code starts on cache lines.
@@ -22,6 +23,9 @@ pub struct Cache {
     used: usize,
     /// Bytes in use that [`Cache::clear`] keeps.
     kept: usize,
+    /// Bytes ever in use: the pages that are taken.
+    touched: usize,
+    fd: OwnedFd,
 }
 
 // SAFETY: the mappings belong to this value alone and are unmapped when it is dropped.
@@ -49,19 +53,33 @@ impl Cache {
             size,
             used: 0,
             kept: 0,
+            touched: 0,
+            fd,
         })
     }
     /// Where the next code will be.
     pub fn next(&self) -> u64 {
         self.exec as u64 + self.used as u64
     }
-    /// The end of the memory for code.
-    pub fn end(&self) -> u64 {
-        self.exec as u64 + self.size as u64
+    /// Bytes that code of this length takes.
+    pub fn room(len: usize) -> usize {
+        len.next_multiple_of(LINE)
+    }
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+    /// Bytes that [`Cache::clear`] leaves in use.
+    pub fn kept(&self) -> usize {
+        self.kept
+    }
+    /// Bytes of memory that the cache holds: those that have been in use since it was last shrunk.
+    pub fn touched(&self) -> usize {
+        self.touched
     }
     /// Copies code in, at [`Cache::next`]; `None` when it is full.
     pub fn add(&mut self, code: &[u8]) -> Option<u64> {
-        let room = code.len().next_multiple_of(LINE);
+        let room = Self::room(code.len());
         let end = self.used.checked_add(room).filter(|e| *e <= self.size)?;
         let at = self.used;
         // SAFETY: `at..end` lies inside the mapping, and only this value writes to it.
@@ -69,6 +87,7 @@ impl Cache {
             ptr::copy_nonoverlapping(code.as_ptr(), self.write.cast::<u8>().add(at), code.len());
         }
         self.used = end;
+        self.touched = self.touched.max(end);
         Some(self.exec as u64 + at as u64)
     }
     /// What is there now survives [`Cache::clear`].
@@ -78,6 +97,16 @@ impl Cache {
     /// Forgets all code but what is kept.
     pub fn clear(&mut self) {
         self.used = self.kept;
+    }
+    /// Gives the memory behind what is in use back to the system. Where that is refused it stays, and
+    /// is used again.
+    pub fn shrink(&mut self) {
+        let from = self.used.next_multiple_of(4096) as u64;
+        let len = (self.size as u64).saturating_sub(from);
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if len > 0 && fallocate(&self.fd, mode, from, len).is_ok() {
+            self.touched = self.used;
+        }
     }
     /// Writes a branch displacement at an executable address. False if it is not in the cache.
     pub fn patch(&mut self, at: u64, displacement: i32) -> bool {

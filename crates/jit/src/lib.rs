@@ -12,6 +12,7 @@
 mod access;
 mod asm;
 mod branch;
+mod budget;
 mod cache;
 mod divide;
 mod extent;
@@ -31,12 +32,16 @@ mod views;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anykvm_cpu::memory::fault::{self, CodeMap};
 use anykvm_cpu::state::{rflags, seg};
-use anykvm_cpu::translator::Translator;
+use anykvm_cpu::translator::{Translator, TranslatorStats};
 use anykvm_cpu::{Cpu, Exit, Insn};
 
+pub use budget::Budget;
+
+use budget::Account;
 use cache::Cache;
 use shared::Shared;
 use table::{Table, Translated};
@@ -47,7 +52,7 @@ use views::Views;
 /// How a [`Jit`] works.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Bytes of the code cache.
+    /// Most bytes of translated code.
     pub cache: usize,
     /// How often a block is interpreted before it is translated.
     pub threshold: u32,
@@ -65,24 +70,11 @@ impl Default for Options {
     }
 }
 
-/// Counters.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Blocks translated.
-    pub translated: u64,
-    /// Blocks dropped because their bytes changed.
-    pub dropped: u64,
-    /// Times the code cache was full and emptied.
-    pub flushes: u64,
-    /// Times translated code was entered.
-    pub entries: u64,
-    /// Instructions left to the interpreter.
-    pub interpreted: u64,
-}
-
 /// The translator of one processor.
 pub struct Jit {
     options: Options,
+    /// What the VM's processors may fill of their caches.
+    account: Account,
     cache: Cache,
     shared: Box<Shared>,
     /// `extern "sysv64" fn(entry, *mut Shared)`.
@@ -94,8 +86,7 @@ pub struct Jit {
     views: Views,
     /// The exit whose branch may be led to the block that runs next.
     pending: Option<u32>,
-    /// Counters.
-    pub stats: Stats,
+    stats: TranslatorStats,
 }
 
 // SAFETY: the raw pointers in `Shared` are set before each entry and used only during it.
@@ -111,21 +102,29 @@ impl Jit {
     /// A translator with an empty cache. Fails where the system forbids executable mappings, or
     /// lacks FSGSBASE.
     pub fn new(options: Options) -> io::Result<Self> {
+        Self::with_budget(options, &Budget::new(options.cache))
+    }
+
+    /// The same for one of several processors, which share a limit instead of `options.cache`.
+    pub fn with_budget(options: Options, budget: &Arc<Budget>) -> io::Result<Self> {
         if !supported() {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
                 "the host does not allow WRGSBASE",
             ));
         }
-        let mut cache = Cache::new(options.cache)?;
+        let mut account = Account::open(budget);
+        let mut cache = Cache::new(budget.limit())?;
         let stubs = stubs::stubs().map_err(io::Error::other)?;
-        let base = cache
-            .add(&stubs.bytes)
+        let base = Some(Cache::room(stubs.bytes.len()))
+            .filter(|room| account.take(*room))
+            .and_then(|_| cache.add(&stubs.bytes))
             .ok_or_else(|| io::Error::other("the code cache is too small"))?;
         cache.keep();
         let accesses = CodeMap::new(base);
         Ok(Self {
             options,
+            account,
             cache,
             shared: Shared::new(),
             enter: base + stubs.enter as u64,
@@ -135,7 +134,7 @@ impl Jit {
             accesses,
             views: Views::default(),
             pending: None,
-            stats: Stats::default(),
+            stats: TranslatorStats::default(),
         })
     }
 
@@ -148,22 +147,40 @@ impl Jit {
         if let Some(n) = self.table.find(place, &block.bytes) {
             return Some(n);
         }
-        block.heat = block.heat.saturating_add(1);
-        if block.heat < threshold {
+        // It counts from the last flush: where the cache is too small for everything that was ever
+        // hot, it is for what is hot now.
+        let since = (self.stats.flushes as u32) << 16;
+        if block.heat & !0xffff != since {
+            block.heat = since;
+        }
+        block.heat += u32::from(block.heat & 0xffff != 0xffff);
+        if block.heat & 0xffff < threshold {
             return None;
         }
         let mut insns = block.insns.to_vec();
         let mut bytes = block.bytes.to_vec();
+        let began = Instant::now();
         extent::extend(cpu, place.0, &mut insns, &mut bytes);
-        self.make(place, insns.into(), bytes.into())
+        let made = self.make(place, insns.into(), bytes.into());
+        self.stats.translation_ns += began.elapsed().as_nanos() as u64;
+        if made.is_none()
+            && let Some(block) = cpu.block(id)
+        {
+            // It does not fit, or cannot be encoded: not to be tried at each turn.
+            block.heat = 0;
+        }
+        made
     }
 
     fn make(&mut self, place: (u64, u32), insns: Arc<[Insn]>, bytes: Box<[u8]>) -> Option<u32> {
         let start = place.0 % 4096;
         let first = self.table.next_exit();
         let mut t = translate::translate(&insns, start, first, self.options.count).ok()?;
-        if self.cache.next() + t.bytes.len() as u64 > self.cache.end() {
-            self.flush();
+        let room = Cache::room(t.bytes.len());
+        if !self.account.take(room) {
+            if self.account.could_take(self.cache.kept() + room) {
+                self.flush();
+            }
             return None;
         }
         let base = self.cache.next();
@@ -173,7 +190,8 @@ impl Jit {
             self.accesses
                 .push(base + *access as u64, base + *resume as u64);
         }
-        self.stats.translated += 1;
+        self.stats.blocks += 1;
+        self.stats.block_instructions += insns.len() as u64;
         Some(self.table.insert(
             place,
             Translated {
@@ -195,6 +213,7 @@ impl Jit {
         self.table = Table::default();
         self.accesses.clear();
         self.cache.clear();
+        self.account.keep(self.cache.used());
         self.pending = None;
         self.views.clear();
         self.stats.flushes += 1;
@@ -274,7 +293,23 @@ impl Jit {
 }
 
 impl Translator for Jit {
+    fn stats(&self) -> TranslatorStats {
+        TranslatorStats {
+            code_bytes: self.cache.used() as u64,
+            memory_bytes: (self.cache.touched()
+                + self.table.memory()
+                + self.accesses.memory()
+                + size_of::<Shared>()
+                + self.views.memory()) as u64,
+            ..self.stats
+        }
+    }
+
     fn run(&mut self, cpu: &mut Cpu) -> Result<(), Exit> {
+        if self.account.is_over() {
+            self.flush();
+            self.cache.shrink();
+        }
         let Some(id) = cpu.block_here()? else {
             self.pending = None;
             return Ok(());
@@ -307,7 +342,7 @@ impl Translator for Jit {
             if !self.enter(cpu, entry, level) {
                 return Ok(());
             }
-            cpu.counters.instructions += std::mem::take(&mut self.shared.instructions);
+            self.stats.executed += std::mem::take(&mut self.shared.instructions);
             let number = self.shared.exit as u32;
             let Some((insns, needs, wish)) = self.table.exit(number) else {
                 return Ok(());
@@ -326,12 +361,20 @@ impl Translator for Jit {
                     return Ok(());
                 }
                 Wish::Interpret { insn, resume } => {
+                    let rest = if self.options.count {
+                        translate::run_length(insns.get(insn..).unwrap_or_default()) as u64
+                    } else {
+                        0
+                    };
+                    // All of them were counted when the first was reached.
+                    self.stats.executed -= rest;
                     let Some(insn) = insns.get(insn) else {
                         return Ok(());
                     };
-                    self.stats.interpreted += 1;
+                    self.stats.left += 1;
                     match (cpu.interpret(insn)?, resume) {
                         (true, Some(at)) => {
+                            self.stats.executed += rest.saturating_sub(1);
                             entry = at as u64;
                             level = needs;
                         }

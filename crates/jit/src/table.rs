@@ -57,6 +57,13 @@ pub struct Table {
     modes: Vec<u32>,
     exits: Vec<Exit>,
     pages: HashMap<u64, Page>,
+    /// Bytes behind the translations.
+    behind: usize,
+}
+
+/// Bytes of memory behind a translation.
+fn behind(t: &Translated) -> usize {
+    size_of_val(&*t.insns) + t.bytes.len()
 }
 
 impl Table {
@@ -69,6 +76,16 @@ impl Table {
         let n = *self.by_place.get(&place)?;
         let t = self.get(n)?;
         t.bytes.starts_with(bytes).then_some(n)
+    }
+    /// Bytes of memory that the table and the translations in it take, without the links between
+    /// translations.
+    pub fn memory(&self) -> usize {
+        self.behind
+            + self.by_place.capacity() * size_of::<(Place, u32)>()
+            + self.all.capacity() * size_of::<Option<Translated>>()
+            + self.modes.capacity() * size_of::<u32>()
+            + self.exits.capacity() * size_of::<Exit>()
+            + self.pages.capacity() * size_of::<(u64, Page)>()
     }
     /// A translation.
     pub fn get(&self, n: u32) -> Option<&Translated> {
@@ -103,6 +120,7 @@ impl Table {
         }
         let page = self.pages.entry(t.host & !0xfff).or_default();
         page.translations.push(n);
+        self.behind += behind(&t);
         self.all.push(Some(t));
         self.modes.push(place.1);
         self.by_place.insert(place, n);
@@ -171,6 +189,7 @@ impl Table {
         let Some(t) = self.all.get_mut(n as usize).and_then(Option::take) else {
             return Vec::new();
         };
+        self.behind -= behind(&t);
         let place = (t.host, self.modes[n as usize]);
         if self.by_place.get(&place) == Some(&n) {
             self.by_place.remove(&place);

@@ -199,6 +199,12 @@ pub fn translate(
     b.finish(checked, plain, level)
 }
 
+/// Instructions up to the next one that may branch away: they are counted together.
+pub(crate) fn run_length(insns: &[Insn]) -> usize {
+    let before = insns.iter().position(|i| i.ends_block);
+    before.map_or(insns.len(), |n| n + 1)
+}
+
 /// Where an instruction is.
 #[derive(Clone, Copy)]
 pub(crate) struct Site {
@@ -246,8 +252,7 @@ impl Block {
 
     /// Counts the instructions up to the next one that may branch away; returns how many they are.
     fn count_run(&mut self, insns: &[Insn]) -> Result<usize, IcedError> {
-        let before = insns.iter().position(|i| i.ends_block);
-        let run = before.map_or(insns.len(), |n| n + 1);
+        let run = run_length(insns);
         self.a.load(POINTER, slot(Slot::Instructions))?;
         self.a.lea(POINTER, at(POINTER, run as i64))?;
         self.a.store(slot(Slot::Instructions), POINTER)?;

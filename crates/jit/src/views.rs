@@ -78,6 +78,13 @@ impl View {
 }
 
 impl Views {
+    /// Bytes of memory that the tables take.
+    pub fn memory(&self) -> usize {
+        self.all
+            .iter()
+            .map(|v| size_of_val(&*v.jumps) + v.used.capacity() * size_of::<u16>())
+            .sum()
+    }
     /// Makes the view that the processor has now current, and returns its number.
     pub fn select(&mut self, cpu: &Cpu) -> u64 {
         let when = When {

@@ -7,9 +7,9 @@ use std::thread;
 use std::time::Duration;
 
 use anykvm_cpu::{Exit, requests};
-use anykvm_jit::Options;
+use anykvm_jit::{Budget, Jit, Options};
 use iced_x86::code_asm::*;
-use support::{ALWAYS, CODE, assemble, computer, finish, same, same_with, translate};
+use support::{ALWAYS, CODE, LARGE, assemble, computer, finish, same, same_with, translate};
 
 #[test]
 fn a_store_into_the_next_instructions() {
@@ -193,4 +193,110 @@ fn what_the_processor_may_not_do_is_the_interpreters() {
         assert_eq!(one.frame(), two.frame());
         support::compare(&one, &two);
     }
+}
+
+#[test]
+fn a_program_whose_code_is_larger_than_the_cache() {
+    // The least cache the option allows. Some thousand blocks, three times over.
+    let options = Options {
+        cache: 1 << 20,
+        ..ALWAYS
+    };
+    let code = support::assemble_at(LARGE, |a| {
+        let mut top = a.create_label();
+        a.mov(ecx, 3)?;
+        a.set_label(&mut top)?;
+        for i in 0..6000 {
+            let mut skip = a.create_label();
+            a.add(rax, i)?;
+            a.test(eax, 1 << (i & 7))?;
+            a.je(skip)?;
+            a.xor(qword_ptr(0x8000 + (i & 0xff) * 8), rax)?;
+            a.set_label(&mut skip)?;
+            a.nop()?;
+        }
+        a.sub(ecx, 1)?;
+        a.jne(top)
+    });
+    let run = |translated: bool| {
+        let mut c = computer(&[]);
+        c.put(LARGE, &code);
+        c.cpu.state.set_rip(LARGE);
+        if translated {
+            translate(&mut c, options);
+        }
+        finish(&mut c);
+        c
+    };
+    let (one, two) = (run(false), run(true));
+    support::compare(&one, &two);
+    let stats = two.cpu.translator_stats().unwrap();
+    assert!(stats.flushes >= 3, "{stats:?}");
+    assert!(stats.code_bytes <= 1 << 20, "{stats:?}");
+    assert!(stats.memory_bytes >= stats.code_bytes);
+    assert!(two.cpu.memory_bytes() > stats.memory_bytes);
+}
+
+#[test]
+fn two_processors_share_one_limit() {
+    let budget = Budget::new(32 << 10);
+    let program = |a: &mut CodeAssembler| {
+        for i in 0..200 {
+            let mut next = a.create_label();
+            a.add(rax, i)?;
+            a.jmp(next)?;
+            a.set_label(&mut next)?;
+        }
+        a.nop()
+    };
+    let code = assemble(program);
+    let mut one = computer(&code);
+    finish(&mut one);
+    let mut computers = [computer(&code), computer(&code)];
+    for c in &mut computers {
+        c.cpu
+            .set_translator(Some(Box::new(Jit::with_budget(ALWAYS, &budget).unwrap())));
+    }
+    for c in &mut computers {
+        finish(c);
+        support::compare(&one, c);
+        assert!(budget.taken() <= budget.limit());
+        assert!(c.cpu.translator_stats().unwrap().code_bytes <= 16 << 10);
+    }
+}
+
+#[test]
+fn instructions_are_counted_exactly() {
+    // Faults of unmapped pages, instructions that are interpreted, blocks left and entered again.
+    let options = Options {
+        count: true,
+        ..ALWAYS
+    };
+    let code = assemble(|a| {
+        let mut top = a.create_label();
+        a.mov(esi, 100)?;
+        a.set_label(&mut top)?;
+        a.add(rax, rsi)?;
+        a.cpuid()?;
+        a.mov(qword_ptr(0x8ffe), rax)?;
+        a.push(rax)?;
+        a.pop(rdx)?;
+        a.dec(esi)?;
+        a.jne(top)?;
+        a.xor(ecx, ecx)?;
+        a.div(rcx)
+    });
+    let mut one = computer(&code);
+    one.catch_events();
+    finish(&mut one);
+    let mut two = computer(&code);
+    two.catch_events();
+    translate(&mut two, options);
+    finish(&mut two);
+    let stats = two.cpu.translator_stats().unwrap();
+    assert!(stats.executed > 300, "{stats:?}");
+    assert_eq!(
+        stats.executed + two.cpu.counters.instructions,
+        one.cpu.counters.instructions
+    );
 }

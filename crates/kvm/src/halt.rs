@@ -64,6 +64,7 @@ impl Vcpu {
                 continue;
             }
             slept = true;
+            crate::vcpu_stats::publish(self.stats(), &core.cpu);
             self.count(VcpuStat::HaltSleeps);
             let deadline = self.machine().lapic().and_then(|l| l.next_deadline());
             self.kick().sleep(deadline);

@@ -129,6 +129,7 @@ pub use kvm_fd::Kvm;
 pub use object::{Object, Reply};
 pub use stats::{Statistic, StatsFile, VmStat};
 pub use system::System;
+pub use translation::{Translation, TranslationMode, cache_size};
 pub use user::{Efault, NoMemory, UserMemory};
 pub use vcpu::{KickHandle, Vcpu};
 pub use vcpu_exit::{HypercallExit, MsrExitReason, ReadMsrExit, VcpuExit, WriteMsrExit};

@@ -24,7 +24,7 @@ use crate::error::{Errno, Result};
 use crate::run_page::{PIO_BYTES, PIO_DATA, sync};
 use crate::vcpu::{Core, Vcpu};
 use crate::vcpu_stats::VcpuStat;
-use crate::{events, registers};
+use crate::{events, registers, vcpu_stats};
 
 /// What the VMM's answer to the last exit is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -382,7 +382,8 @@ impl Vcpu {
             let caps = self.event_capabilities();
             page.sync_write(sync::EVENTS, &events::get(&mut core.cpu.state, caps));
         }
-        self.publish_counters(core);
+        self.count(VcpuStat::Exits);
+        vcpu_stats::publish(self.stats(), &core.cpu);
     }
 
     /// `kvm_vcpu_ready_for_interrupt_injection`.
@@ -395,16 +396,6 @@ impl Vcpu {
             && !e.exception.pending
             && !e.nmi_injected
             && self.machine().accepts_user_interrupt()
-    }
-
-    fn publish_counters(&self, core: &Core) {
-        let stats = self.stats();
-        let counters = &core.cpu.counters;
-        self.count(VcpuStat::Exits);
-        stats.set(VcpuStat::Instructions as usize, counters.instructions);
-        stats.set(VcpuStat::Blocks as usize, counters.blocks);
-        stats.set(VcpuStat::DecodedBlocks as usize, counters.decoded);
-        stats.set(VcpuStat::EventsDelivered as usize, counters.events);
     }
 }
 

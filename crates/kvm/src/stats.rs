@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anykvm_abi::{
-    KVM_STATS_BASE_POW10, KVM_STATS_NAME_SIZE, KVM_STATS_TYPE_CUMULATIVE, KVM_STATS_TYPE_INSTANT,
-    KVM_STATS_UNIT_NONE, Plain, kvm_stats_descriptor, kvm_stats_header,
+    KVM_STATS_BASE_POW2, KVM_STATS_BASE_POW10, KVM_STATS_NAME_SIZE, KVM_STATS_TYPE_CUMULATIVE,
+    KVM_STATS_TYPE_INSTANT, KVM_STATS_UNIT_BYTES, KVM_STATS_UNIT_NONE, KVM_STATS_UNIT_SECONDS,
+    Plain, kvm_stats_descriptor, kvm_stats_header,
 };
 use anykvm_cpu::memory::mapping::Mapping;
 
@@ -22,8 +23,10 @@ const DESCRIPTOR: usize = size_of::<kvm_stats_descriptor>();
 pub struct Statistic {
     /// As KVM or this implementation names it.
     pub name: &'static str,
-    /// `KVM_STATS_TYPE_*`.
-    pub kind: u32,
+    /// `KVM_STATS_TYPE_*`, `KVM_STATS_UNIT_*` and `KVM_STATS_BASE_*`.
+    pub flags: u32,
+    /// The unit is multiplied by the base to this power.
+    pub exponent: i16,
 }
 
 impl Statistic {
@@ -31,14 +34,24 @@ impl Statistic {
     pub const fn counter(name: &'static str) -> Self {
         Self {
             name,
-            kind: KVM_STATS_TYPE_CUMULATIVE,
+            flags: KVM_STATS_TYPE_CUMULATIVE | KVM_STATS_UNIT_NONE | KVM_STATS_BASE_POW10,
+            exponent: 0,
         }
     }
-    /// A value that goes up and down.
-    pub const fn instant(name: &'static str) -> Self {
+    /// Nanoseconds spent.
+    pub const fn nanoseconds(name: &'static str) -> Self {
         Self {
             name,
-            kind: KVM_STATS_TYPE_INSTANT,
+            flags: KVM_STATS_TYPE_CUMULATIVE | KVM_STATS_UNIT_SECONDS | KVM_STATS_BASE_POW10,
+            exponent: -9,
+        }
+    }
+    /// Bytes held now.
+    pub const fn bytes(name: &'static str) -> Self {
+        Self {
+            name,
+            flags: KVM_STATS_TYPE_INSTANT | KVM_STATS_UNIT_BYTES | KVM_STATS_BASE_POW2,
+            exponent: 0,
         }
     }
 }
@@ -72,8 +85,8 @@ impl StatsFile {
         mapping.write_bytes(HEADER, &name(id));
         for (i, statistic) in table.iter().enumerate() {
             let descriptor = kvm_stats_descriptor {
-                flags: statistic.kind | KVM_STATS_UNIT_NONE | KVM_STATS_BASE_POW10,
-                exponent: 0,
+                flags: statistic.flags,
+                exponent: statistic.exponent,
                 size: 1,
                 offset: (i * 8) as u32,
                 bucket_size: 0,

@@ -113,7 +113,11 @@ impl Vcpu {
             kick.requests().clone(),
         );
         machine.start_tsc(&mut cpu.state);
-        cpu.set_translator(crate::translation::from_env());
+        let translator = {
+            let translation = vm.lock_translation();
+            translation.how.translator(&translation.budget)
+        };
+        cpu.set_translator(translator);
         if in_kernel_apic && !boot {
             cpu.state.events.mp_state = anykvm_cpu::events::MpState::Uninitialized;
         }

@@ -8,6 +8,7 @@ use anykvm_abi::kvm_clock_data;
 use anykvm_cpu::memory::GuestMemory;
 use anykvm_cpu::memory::mapping::Mapping;
 use anykvm_cpu::requests::OWNER;
+use anykvm_jit::Budget;
 use arc_swap::ArcSwapOption;
 
 use crate::capability::EnabledCapabilities;
@@ -21,6 +22,7 @@ use crate::memory::SlotTable;
 use crate::msr_filter::MsrFilter;
 use crate::object::memfd;
 use crate::stats::{StatsFile, VM_STATISTICS, VmStat};
+use crate::translation::{self, Translation};
 use crate::vcpu::Vcpu;
 use crate::xen::XenHvm;
 
@@ -43,6 +45,7 @@ pub struct Vm {
     /// The last TSC written, which the vCPUs share.
     pub(crate) tsc_sync: crate::tsc::TscSync,
     pub(crate) stats: Arc<StatsFile>,
+    translation: Mutex<VmTranslation>,
     pub(crate) events: EventThread,
     pub(crate) enabled: EnabledCapabilities,
     /// Memory slots and aliases.
@@ -58,6 +61,22 @@ pub struct Vm {
     coalesced_ring: OwnedFd,
     /// `kvm->lock`: creation of vCPUs and of what must come before or after them.
     vcpus: Mutex<Vcpus>,
+}
+
+/// How guest code is run, and the limit of translated code that the vCPUs share.
+#[derive(Debug)]
+pub(crate) struct VmTranslation {
+    pub how: Translation,
+    pub budget: Arc<Budget>,
+}
+
+impl From<Translation> for VmTranslation {
+    fn from(how: Translation) -> Self {
+        Self {
+            budget: how.budget(),
+            how,
+        }
+    }
 }
 
 /// The vCPUs a VM has and had. One whose last descriptor is closed is gone, but its id stays taken,
@@ -85,6 +104,10 @@ impl Vm {
     pub(crate) fn new() -> Result<Arc<Self>> {
         // Before the VMM's seccomp filters, which may forbid executable mappings.
         anykvm_cpu::assist::prepare();
+        let translation = Translation::from_env().map_err(|e| {
+            translation::say_once(&e);
+            Errno::EINVAL
+        })?;
         let id = format!("kvm-{}", std::process::id());
         let stats = StatsFile::new(&id, VM_STATISTICS)?;
         let coalesced_ring = memfd("kvm-coalesced", PAGE as u64)?;
@@ -95,6 +118,7 @@ impl Vm {
             tsc_sync: Default::default(),
             events: EventThread::start(stats.clone())?,
             stats,
+            translation: Mutex::new(translation.into()),
             enabled: EnabledCapabilities::default(),
             slots: Mutex::default(),
             irq: Irq::default(),
@@ -169,6 +193,23 @@ impl Vm {
         }
         vcpus.boot_id = id as u32;
         Ok(())
+    }
+
+    /// How guest code is to be run: before the first vCPU.
+    pub(crate) fn set_translation(&self, how: Translation) -> Result<()> {
+        if how.cache < Translation::MIN_CACHE || how.cache > Translation::MAX_CACHE {
+            return Err(Errno::EINVAL);
+        }
+        let vcpus = self.lock_vcpus();
+        if vcpus.any_created() {
+            return Err(Errno::EBUSY);
+        }
+        *self.lock_translation() = how.into();
+        Ok(())
+    }
+
+    pub(crate) fn lock_translation(&self) -> MutexGuard<'_, VmTranslation> {
+        self.translation.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// KVM_SET_TSC_KHZ on the VM: before the first vCPU.

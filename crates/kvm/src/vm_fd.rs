@@ -22,6 +22,7 @@ use crate::error::{Errno, Result};
 use crate::irq::Controllers;
 use crate::object::Object;
 use crate::system::VCPU_MMAP_SIZE;
+use crate::translation::Translation;
 use crate::vcpu_fd::VcpuFd;
 use crate::vcpu_stats::VcpuStat;
 use crate::vm::Vm;
@@ -390,6 +391,19 @@ impl VmFd {
     /// Creates a vCPU; its id is its APIC id (section 4.7, KVM_CREATE_VCPU).
     pub fn create_vcpu(&self, id: u64) -> Result<VcpuFd> {
         self.vm.create_vcpu(id).map(VcpuFd::from)
+    }
+
+    /// Sets how guest code is run, which the environment has said first (`ANYKVM_JIT`,
+    /// `ANYKVM_JIT_CACHE`). Before the first vCPU: later it fails with EBUSY. EINVAL for a code cache
+    /// that is too small or too large.
+    ///
+    /// ```
+    /// use anykvm::{Translation, TranslationMode};
+    /// # let vm = anykvm::Kvm::new().unwrap().create_vm().unwrap();
+    /// vm.set_translation(Translation { mode: TranslationMode::On, cache: 16 << 20 }).unwrap();
+    /// ```
+    pub fn set_translation(&self, how: Translation) -> Result<()> {
+        self.vm.set_translation(how)
     }
 
     /// Creates a device in the kernel; on x86 there is one type, VFIO (section 4.79,

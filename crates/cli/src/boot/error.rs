@@ -19,6 +19,8 @@ pub enum BootError {
     Cpus(String),
     #[error("--append: {0}")]
     CommandLine(String),
+    #[error("{0}")]
+    Translation(String),
     #[error("{what}: {error}")]
     Host { what: &'static str, error: String },
 }

@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use anykvm::{Cap, IoEventAddress, Kvm, Vcpu, VcpuExit, VcpuFd, VmFd};
+use anykvm::{Cap, IoEventAddress, Kvm, Translation, Vcpu, VcpuExit, VcpuFd, VmFd};
 use anykvm_abi::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use signal_hook::consts::SIGUSR1;
 use signal_hook::iterator::Signals;
@@ -44,6 +44,7 @@ pub struct Config {
     pub memory: MemorySize,
     pub cpus: u8,
     pub disks: Vec<PathBuf>,
+    pub translation: Translation,
 }
 
 /// A machine that is ready to run.
@@ -108,6 +109,8 @@ impl Machine {
             )));
         }
         let vm = create_vm(&kvm)?;
+        vm.set_translation(config.translation.clone())
+            .map_err(BootError::host("cannot set how guest code is run"))?;
         memory::register(&vm, &guest)?;
         let console = Console::new(InterruptLine::new(&vm, layout::SERIAL_GSI)?);
         let disks = disks

@@ -22,6 +22,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use crate::jit::JitArgs;
 use bus::Stop;
 use error::BootError;
 use machine::{Config, Machine, Report};
@@ -63,6 +64,8 @@ pub struct BootArgs {
     /// A raw disk image, which the guest can write; may be given several times
     #[arg(long = "disk", value_name = "FILE")]
     disks: Vec<PathBuf>,
+    #[command(flatten)]
+    jit: JitArgs,
     /// Print times, instructions and exits at the end
     #[arg(long)]
     stats: bool,
@@ -106,6 +109,7 @@ fn boot(args: &BootArgs) -> Result<(Stop, Report), BootError> {
         memory: args.mem,
         cpus: args.cpus,
         disks: args.disks.clone(),
+        translation: args.jit.translation().map_err(BootError::Translation)?,
     })?;
     if std::io::stdin().is_terminal() {
         eprintln!("anykvm: Ctrl-A x ends the machine, Ctrl-A d shows its processors");

@@ -38,6 +38,10 @@ impl CodeMap {
     pub fn clear(&mut self) {
         self.entries.clear();
     }
+    /// Bytes of memory that the map takes.
+    pub fn memory(&self) -> usize {
+        self.entries.capacity() * size_of::<(u32, u32)>()
+    }
     fn find(&self, rip: u64) -> Option<u64> {
         let offset = u32::try_from(rip.checked_sub(self.base)?).ok()?;
         let at = self.entries.binary_search_by_key(&offset, |e| e.0).ok()?;

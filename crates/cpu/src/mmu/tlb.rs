@@ -165,6 +165,15 @@ fn page_of(linear: u64) -> u64 {
 }
 
 impl Tlb {
+    /// Bytes of memory that the tables take.
+    pub(crate) fn memory(&self) -> usize {
+        size_of_val(&*self.l1)
+            + size_of_val(&*self.l2)
+            + size_of_val(&*self.exec)
+            + size_of_val(&*self.by_pcid)
+            + self.keyed.capacity() * size_of::<Keyed>()
+    }
+
     /// The host address of a read of `size` bytes, if the entry is there.
     #[inline(always)]
     pub fn read(&self, set: Set, linear: u64, size: usize) -> Option<u64> {

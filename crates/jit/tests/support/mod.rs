@@ -16,6 +16,8 @@ use iced_x86::code_asm::CodeAssembler;
 pub const CODE: u64 = 0x5000;
 /// Memory for them: 0x2000 bytes.
 pub const DATA: u64 = 0x8000;
+/// Room for a large program.
+pub const LARGE: u64 = 0x2_0000;
 const TABLES: u64 = 0x10_0000;
 
 /// Everything is translated before it runs.
@@ -53,10 +55,18 @@ pub fn translate(c: &mut Computer, options: Options) {
 
 /// The bytes of a program, which ends by `out 0x99, al`.
 pub fn assemble(build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
+    assemble_at(CODE, build)
+}
+
+/// The same for a program that begins somewhere else.
+pub fn assemble_at(
+    at: u64,
+    build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Vec<u8> {
     let mut a = CodeAssembler::new(64).unwrap();
     build(&mut a).unwrap();
     a.out(0x99, iced_x86::code_asm::al).unwrap();
-    a.assemble(CODE).unwrap()
+    a.assemble(at).unwrap()
 }
 
 /// Runs a program to its end.
