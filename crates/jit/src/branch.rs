@@ -128,6 +128,7 @@ pub(crate) fn go_on(b: &mut Block, offset: i64) -> Result<(), IcedError> {
         flags: b.flags.clone(),
         offset,
         exit,
+        aside: None,
     });
     jump_to_found(b)
 }

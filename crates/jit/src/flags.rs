@@ -19,6 +19,53 @@ pub struct Recipe {
     reads: u16,
 }
 
+impl Recipe {
+    /// The recipe that takes the only register it loses, which is returned, too, from [`Slot::Operand`];
+    /// `None` if there is no such recipe.
+    fn without(&self, written: u16) -> Option<(Register, Self)> {
+        let lost = self.reads & written;
+        let operand = slot(Slot::Operand);
+        let taken = |i: &Instruction| {
+            i.op_kinds().any(|k| k == OpKind::Memory)
+                || operands(i).any(|(_, r)| crate::regs::is_high_byte(r))
+        };
+        if lost.count_ones() != 1 || self.steps.iter().any(taken) {
+            return None;
+        }
+        let lost = Register::RAX + lost.trailing_zeros();
+        let is = |r: Register| r.full_register() == lost;
+        let load = Instruction::with2(Code::Mov_r64_rm64, SCRATCH, operand).ok()?;
+        let mut steps = vec![load];
+        let (first, rest) = self.steps.split_first()?;
+        if first.mnemonic() == Mnemonic::Mov && is(first.op1_register()) {
+            // The scratch register is given the value already.
+            steps.extend_from_slice(rest);
+        } else {
+            steps.extend_from_slice(&self.steps);
+        }
+        let scratch_used = self.steps.len() > 1;
+        for step in &mut steps[1..] {
+            let places: Vec<_> = operands(step).filter(|(_, r)| is(*r)).collect();
+            if scratch_used && !places.is_empty() {
+                return None;
+            }
+            for (i, r) in places {
+                step.set_op_register(i, sized(SCRATCH, r));
+                step.set_code(general(step.code()));
+            }
+        }
+        let reads = self.reads & written ^ self.reads;
+        Some((lost, Self { steps, reads }))
+    }
+}
+
+/// The register operands of an instruction, with their indices.
+fn operands(i: &Instruction) -> impl Iterator<Item = (u32, Register)> {
+    (0..i.op_count())
+        .filter(|n| i.op_kind(*n) == OpKind::Register)
+        .map(|n| (n, i.op_register(n)))
+}
+
 /// Where the flags are.
 #[derive(Clone, Debug)]
 pub enum Flags {
@@ -65,17 +112,36 @@ impl Flags {
         Ok(())
     }
 
-    /// These host registers are about to be written by something that leaves the flags alone.
-    pub fn before_write(&mut self, a: &mut Asm, written: u16) -> Result<(), IcedError> {
-        match self {
-            Self::Recipe(r) if r.reads & written != 0 => {
-                self.restore(a)?;
-                *self = Self::Host(None);
-            }
-            Self::Host(r) if r.as_ref().is_some_and(|r| r.reads & written != 0) => *r = None,
-            _ => {}
+    /// These host registers are about to be written by something that leaves the flags alone. A register
+    /// that a recipe needs is put aside into [`Slot::Operand`]; it is returned, because whoever goes on
+    /// behind the write must have done the same. `eager`: that is worth it even while the flags are in the
+    /// host's.
+    pub fn before_write(
+        &mut self,
+        a: &mut Asm,
+        written: u16,
+        eager: bool,
+    ) -> Result<Option<Register>, IcedError> {
+        let (Self::Recipe(recipe) | Self::Host(Some(recipe))) = &*self else {
+            return Ok(None);
+        };
+        if recipe.reads & written == 0 {
+            return Ok(None);
         }
-        Ok(())
+        let in_host = matches!(self, Self::Host(_));
+        let without = recipe.without(written).filter(|_| eager || !in_host);
+        let Some((lost, without)) = without else {
+            self.restore(a)?;
+            *self = Self::Host(None);
+            return Ok(None);
+        };
+        a.store(slot(Slot::Operand), lost)?;
+        *self = if in_host {
+            Self::Host(Some(without))
+        } else {
+            Self::Recipe(without)
+        };
+        Ok(Some(lost))
     }
 }
 
@@ -186,6 +252,14 @@ pub fn general(code: Code) -> Code {
         C::Add_AX_imm16 => C::Add_rm16_imm16,
         C::Add_EAX_imm32 => C::Add_rm32_imm32,
         C::Add_RAX_imm32 => C::Add_rm64_imm32,
+        C::Cmp_AL_imm8 => C::Cmp_rm8_imm8,
+        C::Cmp_AX_imm16 => C::Cmp_rm16_imm16,
+        C::Cmp_EAX_imm32 => C::Cmp_rm32_imm32,
+        C::Cmp_RAX_imm32 => C::Cmp_rm64_imm32,
+        C::Test_AL_imm8 => C::Test_rm8_imm8,
+        C::Test_AX_imm16 => C::Test_rm16_imm16,
+        C::Test_EAX_imm32 => C::Test_rm32_imm32,
+        C::Test_RAX_imm32 => C::Test_rm64_imm32,
         C::Sub_AL_imm8 => C::Sub_rm8_imm8,
         C::Sub_AX_imm16 => C::Sub_rm16_imm16,
         C::Sub_EAX_imm32 => C::Sub_rm32_imm32,

@@ -201,7 +201,8 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
         b.flags.restore(&mut b.a)?;
     }
     if !changes_flags {
-        b.flags.before_write(&mut b.a, plan.written)?;
+        let exit = checked.as_ref().map(|c| c.exit);
+        b.before_write(plan.written, exit, false)?;
     }
     if let Some(checked) = &checked {
         let whole = plan.spilled.is_some() || plan.legacy_registers_only;

@@ -34,7 +34,7 @@ pub(crate) fn push(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
         Some(v) => b.a.put(&Instruction::with2(C::Mov_rm64_imm32, to, v)?)?,
         None => b.a.store(to, from)?,
     }
-    b.flags.before_write(&mut b.a, bit(GUEST_RSP))?;
+    b.before_write(bit(GUEST_RSP), Some(checked.exit), true)?;
     b.a.lea(GUEST_RSP, at(GUEST_RSP, -8))?;
     b.resume_here(checked.exit);
     Ok(Done::Next)
@@ -54,7 +54,7 @@ pub(crate) fn pop(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedEr
         Home::Host(r) => bit(r) | bit(rsp),
         Home::Spilled(_) => bit(rsp),
     };
-    b.flags.before_write(&mut b.a, written)?;
+    b.before_write(written, Some(checked.exit), true)?;
     let from = b.operand(&checked, false)?;
     b.access(&checked);
     match target {
@@ -79,7 +79,7 @@ pub(crate) fn leave(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, Iced
     let (rsp, rbp) = (GUEST_RSP, Register::RBP);
     let address = Address::stack(rbp, 0);
     let checked = b.check(&address, 8, Use::Read, site)?;
-    b.flags.before_write(&mut b.a, bit(rsp) | bit(rbp))?;
+    b.before_write(bit(rsp) | bit(rbp), Some(checked.exit), true)?;
     let from = b.operand(&checked, false)?;
     b.access(&checked);
     b.a.load(SCRATCH, from)?;

@@ -90,6 +90,8 @@ pub(crate) struct Cold {
     pub offset: i64,
     /// Index in the list of exits.
     pub exit: usize,
+    /// A register to be put aside for the flags' recipe where the block is resumed.
+    pub aside: Option<Register>,
 }
 
 /// A translation in progress.
@@ -165,6 +167,7 @@ pub fn translate(
         flags: Flags::Host(None),
         offset: b.start,
         exit,
+        aside: None,
     });
 
     let mut at = b.start;
@@ -243,6 +246,7 @@ impl Block {
             flags: Flags::Host(None),
             offset: self.start,
             exit,
+            aside: None,
         });
         Ok(Loader {
             start: start_of_test,
@@ -276,6 +280,7 @@ impl Block {
             flags: self.flags.clone(),
             offset: site.at,
             exit,
+            aside: None,
         });
         exit
     }
@@ -283,6 +288,22 @@ impl Block {
     /// The instruction at a position accesses guest RAM. If it faults, this exit is taken.
     pub fn access_at(&mut self, position: usize, exit: usize) {
         self.accesses.push((position, exit));
+    }
+
+    /// See [`Flags::before_write`]. `exit`: the one in front of the instruction that is to write, if
+    /// the block may be resumed behind it.
+    pub fn before_write(
+        &mut self,
+        written: u16,
+        exit: Option<usize>,
+        eager: bool,
+    ) -> Result<(), IcedError> {
+        let aside = self.flags.before_write(&mut self.a, written, eager)?;
+        let front = self.cold.iter_mut().rev().find(|c| Some(c.exit) == exit);
+        if let Some(cold) = front {
+            cold.aside = aside;
+        }
+        Ok(())
     }
 
     /// After the interpreter has carried out the instruction of this exit, go on here.
@@ -324,6 +345,7 @@ impl Block {
             flags: Flags::Host(None),
             offset,
             exit,
+            aside: None,
         });
     }
 
@@ -344,6 +366,9 @@ impl Block {
                 *unlinked = here;
             }
             cold.flags.emit_restore(&mut self.a)?;
+            if let Some(r) = cold.aside {
+                self.a.store(slot(Slot::Operand), r)?;
+            }
             self.a.load(POINTER, slot(Slot::Page))?;
             self.a.lea(POINTER, at(POINTER, cold.offset))?;
             self.a.store(slot(Slot::Rip), POINTER)?;

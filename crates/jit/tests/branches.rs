@@ -330,3 +330,51 @@ fn branches_out_of_the_middle() {
 fn jne_len(code: &[u8]) -> u64 {
     if code[code.len() - 4] == 0x75 { 2 } else { 6 }
 }
+
+#[test]
+fn flags_behind_registers_that_are_popped() {
+    // What set the flags is overwritten before they are asked for; some pops leave the block.
+    same(|a| {
+        let mut top = a.create_label();
+        let mut f = a.create_label();
+        let mut g = a.create_label();
+        let mut start = a.create_label();
+        a.jmp(start)?;
+        a.set_label(&mut f)?;
+        a.push(rbp)?;
+        a.push(r12)?;
+        a.mov(r12d, ecx)?;
+        a.and(r12d, 3)?;
+        a.pop(r12)?;
+        a.pop(rbp)?;
+        a.ret()?;
+        a.set_label(&mut g)?;
+        a.push(r12)?;
+        a.lea(r12, ptr(rcx + 1))?;
+        a.sub(rsp, 24)?;
+        a.cmp(r12, rbx)?;
+        a.mov(r12, qword_ptr(rsp + 24))?;
+        a.lea(rsp, ptr(rsp + 24))?;
+        a.pop(r12)?;
+        a.ret_1(0)?;
+        a.set_label(&mut start)?;
+        a.mov(ecx, 200)?;
+        a.mov(ebx, 77)?;
+        a.set_label(&mut top)?;
+        a.call(f)?;
+        a.setne(dl)?;
+        a.rcl(rdi, 1)?;
+        a.call(g)?;
+        a.rcl(rsi, 1)?;
+        a.add(rsp, -24)?;
+        a.add(rsp, 24)?;
+        a.push(rcx)?;
+        a.pop(r9)?;
+        a.rcl(r8, 1)?;
+        // Out of the TLB: every other page of the identity map.
+        a.mov(rax, cr3)?;
+        a.mov(cr3, rax)?;
+        a.dec(ecx)?;
+        a.jne(top)
+    });
+}
