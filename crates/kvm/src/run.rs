@@ -59,9 +59,13 @@ impl Vcpu {
         let mut core = self.lock();
         let page = self.machine().run();
         page.set_flags(0);
-        let result = self.enter(&mut core);
+        let immediate = page.immediate_exit() != 0;
+        let result = self.enter(&mut core, immediate);
         match result {
             Ok(reason) => page.set_exit_reason(reason),
+            // What user space was told last stays readable while it has I/O completed (Linux, too,
+            // writes the reason only when a signal ends the loop).
+            Err(Errno::EINTR) if immediate => self.count(VcpuStat::SignalExits),
             Err(Errno::EINTR) => {
                 page.set_exit_reason(KVM_EXIT_INTR);
                 self.count(VcpuStat::SignalExits);
@@ -72,7 +76,8 @@ impl Vcpu {
         result.map(|_| ())
     }
 
-    fn enter(&self, core: &mut Core) -> Result<u32> {
+    /// `immediate`: `kvm_run.immediate_exit` at entry.
+    fn enter(&self, core: &mut Core, immediate: bool) -> Result<u32> {
         let page = self.machine().run();
         if core.cpu.state.events.mp_state == MpState::Uninitialized {
             return self.wait_for_init(core);
@@ -91,8 +96,7 @@ impl Vcpu {
             self.machine().store_cr8(cr8);
         }
         self.hand_over(core);
-        let stop = page.immediate_exit() != 0;
-        if stop || self.kick().requests().pending() & KICK != 0 {
+        if immediate || self.kick().requests().pending() & KICK != 0 {
             if !core.cpu.io.pending() {
                 self.kick().requests().take(KICK);
                 core.cpu.new_epoch();

@@ -19,10 +19,12 @@ fn immediate_exit_enters_nothing() {
     let v = VcpuFixture::new();
     let page = v.page();
     page.write(offset_of!(kvm_run, immediate_exit), 1u8);
+    page.write(offset_of!(kvm_run, exit_reason), KVM_EXIT_MMIO);
     for _ in 0..3 {
         assert_eq!(v.call(KVM_RUN, 0), Err(Errno::EINTR));
+        // The last exit's reason stays readable.
         let reason: u32 = page.read(offset_of!(kvm_run, exit_reason));
-        assert_eq!(reason, KVM_EXIT_INTR);
+        assert_eq!(reason, KVM_EXIT_MMIO);
     }
     assert_eq!(v.get::<kvm_regs>(KVM_GET_REGS).rip, 0xfff0);
     let apic_base: u64 = page.read(offset_of!(kvm_run, apic_base));
