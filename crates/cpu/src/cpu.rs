@@ -301,8 +301,14 @@ impl Cpu {
     }
 }
 
-/// The host's time-stamp counter.
+/// The host's time-stamp counter, read when everything before it in the program has been done. RDTSC alone may
+/// be executed before an older load: a guest that compares its TSC with one that another processor has just
+/// stored would see time run backwards, and more often than on hardware, as one of its instructions is many
+/// of the host's.
 pub fn host_tsc() -> u64 {
-    // SAFETY: RDTSC is available in user mode on every host this crate supports.
-    unsafe { core::arch::x86_64::_rdtsc() }
+    // SAFETY: LFENCE and RDTSC are available in user mode on every host this crate supports.
+    unsafe {
+        core::arch::x86_64::_mm_lfence();
+        core::arch::x86_64::_rdtsc()
+    }
 }

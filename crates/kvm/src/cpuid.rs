@@ -111,13 +111,24 @@ fn without_pku(mut e: CpuidEntry) -> Option<CpuidEntry> {
 }
 
 /// The CPUID of one vCPU.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct GuestCpuid {
     entries: Vec<kvm_cpuid_entry2>,
-    /// What the processor answers from; until CPUID is set, all that it implements.
+    /// What the processor answers from; until CPUID is set, all that KVM_GET_SUPPORTED_CPUID shows.
     table: CpuidTable,
     is_set: bool,
     features: Option<u32>,
+}
+
+impl Default for GuestCpuid {
+    fn default() -> Self {
+        Self {
+            entries: Vec::new(),
+            table: CpuidTable::new(supported().iter().map(entry).collect()),
+            is_set: false,
+            features: None,
+        }
+    }
 }
 
 impl GuestCpuid {
@@ -160,9 +171,11 @@ impl GuestCpuid {
     pub fn is_set(&self) -> bool {
         self.is_set
     }
-    /// Whether these are the same entries (which may be set again after the vCPU has run).
-    pub fn same(&self, other: &[kvm_cpuid_entry2]) -> bool {
-        self.entries == other
+    /// Whether these are the same entries (which may be set again after the vCPU has run): as they were
+    /// set, or as they are read now.
+    pub fn same(&self, other: &Self, state: &CpuState, around: Around) -> bool {
+        let now = |of: &Self| of.entries_now(state, around);
+        self.entries == other.entries || now(self) == now(other)
     }
 
     /// Whether the guest was told of a paravirtual feature.

@@ -13,6 +13,7 @@ use anykvm_abi::{
 use anykvm_cpu::cpuid::feature;
 use anykvm_cpu::machine::{Hypercall, MsrResult, Quirk};
 use anykvm_cpu::memory::PAGE;
+use anykvm_cpu::msr::index::PLATFORM_INFO;
 use anykvm_cpu::requests::OWNER;
 use anykvm_cpu::{CpuState, Machine};
 use anykvm_irqchip::{ChipMode, CpuFeatures, Lapic};
@@ -343,10 +344,12 @@ impl Machine for VcpuMachine {
         self.msr_result(Err(MsrError::Invalid))
     }
     fn msr_filter(&self, index: u32, write: bool) -> MsrResult<()> {
-        if self.vm.msr_allowed(index, write) {
-            MsrResult::Done(())
-        } else {
+        if !self.vm.msr_allowed(index, write) {
             self.refuse(KVM_MSR_EXIT_REASON_FILTER)
+        } else if index == PLATFORM_INFO && !write && !self.vm.enabled().msr_platform_info() {
+            self.refuse(KVM_MSR_EXIT_REASON_INVAL)
+        } else {
+            MsrResult::Done(())
         }
     }
 

@@ -488,6 +488,7 @@ fn an_apic_timer_ends_hlt() {
     vm.memory().write(0x30 * 4, &[0, 0x30, 0, 0]).unwrap();
     vm.memory().write(0x3000, &[0xe6, 0x10]).unwrap();
     let lapic = vcpu.machine().lapic().unwrap();
+    let start = Instant::now();
     for (offset, value) in [
         (0xf0, 0x1ffu32),
         (0x320, 0x30),
@@ -496,7 +497,6 @@ fn an_apic_timer_ends_hlt() {
     ] {
         assert!(lapic.mmio_write(offset, &value.to_le_bytes()));
     }
-    let start = Instant::now();
     vcpu.run().unwrap();
     assert_eq!((reason(&vcpu), vcpu.regs().rip), (KVM_EXIT_IO, 0x3000));
     assert!(start.elapsed() >= Duration::from_millis(2));

@@ -222,12 +222,14 @@ impl Vcpu {
         if entries.len() > cpuid::MAX_ENTRIES {
             return Err(Errno::E2BIG);
         }
+        let new = GuestCpuid::new(entries, self.machine().lapic().is_some())?;
         self.change(|core| {
             if core.has_run {
-                let same = self.machine().cpuid().same(&entries);
+                let around = self.around_cpuid();
+                let cpuid = self.machine().cpuid();
+                let same = cpuid.same(&new, &core.cpu.state, around);
                 return if same { Ok(()) } else { Err(Errno::EINVAL) };
             }
-            let new = GuestCpuid::new(entries, self.machine().lapic().is_some())?;
             core.cpu.set_cpuid(new.table().clone());
             self.machine().set_cpuid(new);
             Ok(())
@@ -237,13 +239,17 @@ impl Vcpu {
     /// KVM_GET_CPUID2.
     pub fn cpuid2(&self) -> Vec<kvm_cpuid_entry2> {
         self.read(|core| {
-            let machine = self.machine();
-            let around = Around {
-                apic_enabled: machine.apic_base() & APIC_BASE_ENABLE != 0,
-                mwait_of_msr: !machine.has_quirk(Quirk::MwaitOfCpuid),
-            };
-            machine.cpuid().entries_now(&core.cpu.state, around)
+            let cpuid = self.machine().cpuid();
+            cpuid.entries_now(&core.cpu.state, self.around_cpuid())
         })
+    }
+
+    fn around_cpuid(&self) -> Around {
+        let machine = self.machine();
+        Around {
+            apic_enabled: machine.apic_base() & APIC_BASE_ENABLE != 0,
+            mwait_of_msr: !machine.has_quirk(Quirk::MwaitOfCpuid),
+        }
     }
 
     /// KVM_GET_MSRS: fills in the values up to the first MSR there is not; returns how many.

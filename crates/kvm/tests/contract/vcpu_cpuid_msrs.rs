@@ -59,15 +59,23 @@ fn bad_cpuid_changes_nothing() {
 #[test]
 fn after_the_first_run_only_the_same_cpuid_is_taken() {
     let v = VcpuFixture::new();
+    let features = leaf(1, 0x600);
     assert_eq!(v.list(KVM_SET_CPUID2, &[leaf(0, 7)]).0, Ok(0));
     v.inner().kick_handle().kick();
     assert_eq!(v.call(KVM_RUN, 0), Err(Errno::EINTR));
     // Nothing has run yet.
-    assert_eq!(v.list(KVM_SET_CPUID2, &[leaf(0, 8)]).0, Ok(0));
+    assert_eq!(v.list(KVM_SET_CPUID2, &[leaf(0, 8), features]).0, Ok(0));
     // At the reset vector there is no memory: the fetch fails, but the vCPU has run.
     let _ = v.call(KVM_RUN, 0);
-    assert_eq!(v.list(KVM_SET_CPUID2, &[leaf(0, 8)]).0, Ok(0));
-    assert_eq!(v.list(KVM_SET_CPUID2, &[leaf(0, 9)]).0, Err(Errno::EINVAL));
+    assert_eq!(v.list(KVM_SET_CPUID2, &[leaf(0, 8), features]).0, Ok(0));
+    // With the bits that follow the processor's state, as it is read.
+    let read = v.list(KVM_GET_CPUID2, &[leaf(0, 0); 2]).1;
+    assert_ne!(read[1], features);
+    assert_eq!(v.list(KVM_SET_CPUID2, &read).0, Ok(0));
+    assert_eq!(
+        v.list(KVM_SET_CPUID2, &[leaf(0, 9), features]).0,
+        Err(Errno::EINVAL)
+    );
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Every MSR there is: KVM_GET_MSRS and KVM_SET_MSRS, RDMSR and WRMSR agree with the table, and what is not
 //! there or not allowed is #GP(0).
 
-use anykvm::bindings::{Msrs, kvm_msr_entry, kvm_pit_config, kvm_regs};
+use anykvm::bindings::{
+    KVM_CAP_MSR_PLATFORM_INFO, Msrs, kvm_enable_cap, kvm_msr_entry, kvm_pit_config, kvm_regs,
+};
 use anykvm::{Kvm, VcpuExit, VcpuFd};
 use anykvm_cpu::cpuid::feature;
 use anykvm_cpu::msr::{self, Writes, index};
@@ -186,4 +188,25 @@ fn flags_of_the_machine_are_true() {
     let cpuid = Kvm::new().unwrap().get_supported_cpuid(256).unwrap();
     let signature = cpuid.as_slice().iter().find(|e| e.function == 0x4000_0000);
     assert_eq!(signature.map(|e| e.ebx.to_le_bytes()), Some(*b"KVMK"));
+}
+
+/// KVM_CAP_MSR_PLATFORM_INFO (KVM API, 7.8): whether the guest may read what user space put there.
+#[test]
+fn platform_info_can_be_hidden_from_the_guest() {
+    let guest = Guest::new();
+    let mut vcpu = vcpu(&guest);
+    assert!(set(&vcpu, index::PLATFORM_INFO, 0xff00));
+    for (visible, read) in [(0, None), (1, Some(0xff00))] {
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_MSR_PLATFORM_INFO,
+            ..Default::default()
+        };
+        cap.args[0] = visible;
+        guest.vm.enable_cap(&cap).unwrap();
+        assert_eq!(
+            access(&guest, &mut vcpu, RDMSR, index::PLATFORM_INFO, 0),
+            read
+        );
+        assert_eq!(get(&vcpu, index::PLATFORM_INFO), Some(0xff00));
+    }
 }
