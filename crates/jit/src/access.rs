@@ -11,7 +11,7 @@
 //! b.resume_here(checked.exit);                            // where to go on after the interpreter did it
 //! ```
 
-use iced_x86::{IcedError, MemoryOperand};
+use iced_x86::{IcedError, MemoryOperand, Register};
 
 use crate::memory::{self, Address, Use};
 use crate::translate::{Block, Site};
@@ -37,7 +37,19 @@ impl Block {
         self.check_aligned(address, size, usage, false, site)
     }
 
-    /// The same; unless the address is a multiple of the size, too, the block is left.
+    /// The check of an access of a word on the stack.
+    pub fn check_stack(
+        &mut self,
+        register: Register,
+        displacement: i64,
+        usage: Use,
+        site: Site,
+    ) -> Result<Checked, IcedError> {
+        let address = Address::stack(register, displacement, self.word);
+        self.check(&address, self.word.bytes() as usize, usage, site)
+    }
+
+    /// The same as [`Block::check`]; unless the address is a multiple of the size, too, the block is left.
     pub fn check_aligned(
         &mut self,
         address: &Address,

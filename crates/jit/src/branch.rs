@@ -1,4 +1,4 @@
-//! Near branches, calls and returns of 64-bit code.
+//! Near branches, calls and returns of the code's own size.
 //!
 //! Inside a page branches are linked directly. Between pages, and for indirect branches, the current
 //! view ([`crate::views`]) is asked; what it does not know the interpreter carries out.
@@ -10,6 +10,7 @@ use iced_x86::{Code, FlowControl, IcedError, Instruction, MemoryOperand, OpKind,
 
 use crate::asm::{Asm, Hole, at, slot};
 use crate::flags::Flags;
+use crate::legacy::Word;
 use crate::memory::{Address, Use};
 use crate::regs::{GUEST_RSP, Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
@@ -26,24 +27,36 @@ pub(crate) struct Late {
 
 /// Emits an instruction that branches. `last`: it is the block's last one.
 pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site, last: bool) -> Result<Done, IcedError> {
+    use Code as C;
     let raw = &insn.raw;
     match (raw.flow_control(), raw.code()) {
         (FlowControl::ConditionalBranch, _)
-            if raw.is_jcc_short_or_near() && raw.op0_kind() == OpKind::NearBranch64 =>
+            if raw.is_jcc_short_or_near()
+                && matches!(raw.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32) =>
         {
             conditional(b, insn, site, last)
         }
-        (_, Code::Jmp_rel8_64 | Code::Jmp_rel32_64) => jump(b, insn, site),
-        (_, Code::Call_rel32_64) => call(b, insn, site),
-        (_, Code::Jmp_rm64) => jump_indirect(b, insn, site),
-        (_, Code::Call_rm64) => call_indirect(b, insn, site),
-        (_, Code::Retnq | Code::Retnq_imm16) => ret(b, insn, site),
+        (_, C::Jmp_rel8_64 | C::Jmp_rel32_64 | C::Jmp_rel8_32 | C::Jmp_rel32_32) => {
+            jump(b, insn, site)
+        }
+        (_, C::Call_rel32_64 | C::Call_rel32_32) => call(b, insn, site),
+        (_, C::Jmp_rm64 | C::Jmp_rm32) => jump_indirect(b, insn, site),
+        (_, C::Call_rm64 | C::Call_rm32) => call_indirect(b, insn, site),
+        (_, C::Retnq | C::Retnq_imm16 | C::Retnd | C::Retnd_imm16) => ret(b, insn, site),
         _ => Ok(Done::Unsupported),
     }
 }
 
 fn target(insn: &Insn, site: Site) -> i64 {
-    site.next.wrapping_add(insn.imm as i64)
+    let displacement = Word::of(insn).sign_extend(insn.imm);
+    site.next.wrapping_add(displacement)
+}
+
+/// A target's offset, if it is near enough: as a displacement, with which addresses of the code's size wrap
+/// around.
+fn displacement(b: &Block, to: i64) -> Option<i64> {
+    let d = b.word.sign_extend(to as u64);
+    i32::try_from(d).is_ok().then_some(d)
 }
 
 fn in_page(offset: i64) -> bool {
@@ -101,13 +114,13 @@ fn jump(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
 
 /// Carries out a direct branch to an offset outside the page.
 fn go_outside(b: &mut Block, to: i64, site: Site) -> Result<(), IcedError> {
-    let Ok(displacement) = i32::try_from(to) else {
+    let Some(displacement) = displacement(b, to) else {
         let hole = b.a.jmp();
         b.leave_from(vec![hole], site);
         return Ok(());
     };
     b.flags.release(&mut b.a)?;
-    relative(&mut b.a, displacement.into())?;
+    relative(b, displacement)?;
     let miss = look_up(&mut b.a)?;
     b.leave_from(vec![miss], site);
     jump_to_found(b)
@@ -120,7 +133,9 @@ pub(crate) fn go_on(b: &mut Block, offset: i64) -> Result<(), IcedError> {
         return b.link_to(offset);
     }
     b.flags.release(&mut b.a)?;
-    relative(&mut b.a, offset)?;
+    // Behind the last byte of 4 GiB there is no wrap: that RIP is beyond every limit.
+    b.a.load(SCRATCH, slot(Slot::Page))?;
+    b.a.lea(SCRATCH, at(SCRATCH, offset))?;
     let miss = look_up(&mut b.a)?;
     let exit = b.new_exit(Wish::Request);
     b.cold.push(Cold {
@@ -133,10 +148,10 @@ pub(crate) fn go_on(b: &mut Block, offset: i64) -> Result<(), IcedError> {
     jump_to_found(b)
 }
 
-/// Puts the linear address of an offset from the page into R15.
-fn relative(a: &mut Asm, offset: i64) -> Result<(), IcedError> {
-    a.load(SCRATCH, slot(Slot::Page))?;
-    a.lea(SCRATCH, at(SCRATCH, offset))
+/// Puts the RIP at an offset from the page into R15.
+fn relative(b: &mut Block, offset: i64) -> Result<(), IcedError> {
+    b.a.load(SCRATCH, slot(Slot::Page))?;
+    b.word.lea(&mut b.a, SCRATCH, at(SCRATCH, offset))
 }
 
 /// Looks the RIP in R15 up in the current view. Destroys the flags; leaves the address of the view's
@@ -179,34 +194,34 @@ fn jump_to_found(b: &mut Block) -> Result<(), IcedError> {
 
 /// Stores the return address, before the stack pointer is moved. The flags are released afterwards.
 fn push_return(b: &mut Block, site: Site) -> Result<(), IcedError> {
-    let address = Address::stack(GUEST_RSP, -8);
-    let checked = b.check(&address, 8, Use::Write, site)?;
-    let to = b.operand(&checked, false)?;
-    relative(&mut b.a, site.next)?;
+    let word = b.word;
+    let checked = b.check_stack(GUEST_RSP, -word.bytes(), Use::Write, site)?;
+    let to = b.operand(&checked, word == Word::Double)?;
+    relative(b, site.next)?;
     b.access(&checked);
-    b.a.store(to, SCRATCH)
+    word.store(&mut b.a, to, SCRATCH)
 }
 
 /// Puts the flags into the host's, then moves the stack pointer.
 fn move_stack(b: &mut Block, by: i64) -> Result<(), IcedError> {
     b.flags.restore(&mut b.a)?;
     b.flags = Flags::Host(None);
-    b.a.lea(GUEST_RSP, at(GUEST_RSP, by))
+    b.word.lea(&mut b.a, GUEST_RSP, at(GUEST_RSP, by))
 }
 
 fn call(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     let to = target(insn, site);
     if in_page(to) {
         push_return(b, site)?;
-        move_stack(b, -8)?;
+        move_stack(b, -b.word.bytes())?;
         b.link_to(to)?;
         return Ok(Done::Ends);
     }
-    let Ok(displacement) = i32::try_from(to) else {
+    let Some(displacement) = displacement(b, to) else {
         return Ok(Done::Unsupported);
     };
     b.flags.release(&mut b.a)?;
-    relative(&mut b.a, displacement.into())?;
+    relative(b, displacement)?;
     call_scratch(b, site)
 }
 
@@ -221,7 +236,7 @@ fn call_scratch(b: &mut Block, site: Site) -> Result<Done, IcedError> {
     b.flags.release(&mut b.a)?;
     b.a.load(SCRATCH, slot(Slot::Target))?;
     enter_page(&mut b.a)?;
-    move_stack(b, -8)?;
+    move_stack(b, -b.word.bytes())?;
     b.a.put(&Instruction::with1(Code::Jmp_rm64, slot(Slot::Entry))?)?;
     Ok(Done::Ends)
 }
@@ -232,7 +247,7 @@ fn load_target(b: &mut Block, insn: &Insn, site: Site) -> Result<bool, IcedError
     if raw.op0_kind() == OpKind::Register {
         b.flags.release(&mut b.a)?;
         match home(raw.op0_register().number()) {
-            Home::Host(r) => b.a.mov(SCRATCH, r)?,
+            Home::Host(r) => b.word.mov(&mut b.a, SCRATCH, r)?,
             Home::Spilled(s) => b.a.load(SCRATCH, slot(s))?,
         }
         return Ok(true);
@@ -240,10 +255,11 @@ fn load_target(b: &mut Block, insn: &Insn, site: Site) -> Result<bool, IcedError
     let Some(address) = Address::of(insn, site.next).filter(Address::is_plain) else {
         return Ok(false);
     };
-    let checked = b.check(&address, 8, Use::Read, site)?;
+    let word = b.word;
+    let checked = b.check(&address, word.bytes() as usize, Use::Read, site)?;
     let from = b.operand(&checked, false)?;
     b.access(&checked);
-    b.a.load(SCRATCH, from)?;
+    word.load(&mut b.a, SCRATCH, from)?;
     b.flags.release(&mut b.a)?;
     Ok(true)
 }
@@ -271,16 +287,16 @@ fn ret(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     } else {
         0
     };
-    let address = Address::stack(GUEST_RSP, 0);
-    let checked = b.check(&address, 8, Use::Read, site)?;
+    let word = b.word;
+    let checked = b.check_stack(GUEST_RSP, 0, Use::Read, site)?;
     let from = b.operand(&checked, false)?;
     b.access(&checked);
-    b.a.load(SCRATCH, from)?;
+    word.load(&mut b.a, SCRATCH, from)?;
     b.flags.release(&mut b.a)?;
     let miss = look_up(&mut b.a)?;
     b.leave_from(vec![miss], site);
     enter_page(&mut b.a)?;
-    move_stack(b, 8 + drop)?;
+    move_stack(b, word.bytes() + drop)?;
     b.a.put(&Instruction::with1(Code::Jmp_rm64, found())?)?;
     Ok(Done::Ends)
 }

@@ -17,6 +17,7 @@ mod cache;
 mod divide;
 mod extent;
 mod flags;
+mod legacy;
 mod memory;
 mod plan;
 pub mod regs;
@@ -273,6 +274,9 @@ impl Jit {
         s.asn = cpu.address_space();
         s.fs_base = cpu.state.seg[usize::from(seg::FS)].base;
         s.gs_base = cpu.state.seg[usize::from(seg::GS)].base;
+        if !cpu.mode().code64() {
+            s.whole_asn = [seg::FS, seg::GS].map(|n| legacy::asn_of_segment(cpu, n));
+        }
         s.level1 = cpu.level1();
         s.go = std::ptr::from_ref(cpu.shared_requests().go());
         s.jumps = self.views.jumps();
@@ -314,7 +318,7 @@ impl Translator for Jit {
             self.pending = None;
             return Ok(());
         };
-        if !cpu.code_stays() || !cpu.mode().code64() {
+        if !cpu.code_stays() || !legacy::translates(cpu.mode()) {
             self.pending = None;
             return cpu.interpret_block(id);
         }

@@ -10,6 +10,7 @@ use anykvm_cpu::translator::{TLB_ADDEND, TLB_INDEX_MASK, TLB_INDEX_SHIFT, TLB_RE
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 
 use crate::asm::{Asm, Hole, at, indexed, slot};
+use crate::legacy::{Word, low_half};
 use crate::regs::{Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
 
@@ -23,6 +24,8 @@ pub struct Address {
     /// The effective address has 32 bits.
     narrow: bool,
     segment: Option<Slot>,
+    /// 32-bit code: the linear address has 32 bits, and FS and GS must hold whole segments.
+    legacy: bool,
 }
 
 /// A register of an address.
@@ -47,10 +50,11 @@ impl Address {
     /// The address of an instruction's memory operand; `None` if it is of a kind that is left to
     /// the interpreter. `next` is the offset behind the instruction in its page.
     pub fn of(insn: &Insn, next: i64) -> Option<Self> {
-        let segment = match insn.seg {
-            n if n & SEG_CHECKED != 0 => return None,
+        let legacy = Word::of(insn) == Word::Double;
+        let segment = match insn.seg & !SEG_CHECKED {
             seg::FS => Some(Slot::FsBase),
             seg::GS => Some(Slot::GsBase),
+            _ if insn.seg & SEG_CHECKED != 0 => return None,
             _ => None,
         };
         let narrow = match insn.addr_mask {
@@ -68,7 +72,10 @@ impl Address {
         } else {
             part(insn.base)
         };
-        let fits = i32::try_from(displacement).is_ok_and(|d| d < i32::MAX - 64);
+        if narrow {
+            displacement = i64::from(displacement as i32);
+        }
+        let fits = narrow || i32::try_from(displacement).is_ok_and(|d| d < i32::MAX - 64);
         if !fits {
             return None;
         }
@@ -79,18 +86,30 @@ impl Address {
             displacement,
             narrow,
             segment,
+            legacy,
         })
     }
 
     /// `[register + displacement]`, for stack operations. The register is a host's.
-    pub fn stack(register: Register, displacement: i64) -> Self {
+    pub fn stack(register: Register, displacement: i64, word: Word) -> Self {
+        let legacy = word == Word::Double;
         Self {
             base: Part::Host(register),
             index: Part::None,
             scale: 1,
             displacement,
-            narrow: false,
+            narrow: legacy,
             segment: None,
+            legacy,
+        }
+    }
+
+    /// The low bits of the TLB tag it needs.
+    fn asn(&self) -> Slot {
+        match self.segment {
+            Some(Slot::FsBase) if self.legacy => Slot::WholeFsAsn,
+            Some(Slot::GsBase) if self.legacy => Slot::WholeGsAsn,
+            _ => Slot::Asn,
         }
     }
 
@@ -100,7 +119,7 @@ impl Address {
         let d = self.displacement + if self.narrow { 0 } else { plus };
         let lea = |a: &mut Asm, to: Register, m: MemoryOperand| {
             let (code, to) = if self.narrow {
-                (Code::Lea_r32_m, Register::EAX + to.number() as u32)
+                (Code::Lea_r32_m, low_half(to))
             } else {
                 (Code::Lea_r64_m, to)
             };
@@ -145,7 +164,12 @@ impl Address {
             }
         }
         if let Some(base) = self.segment {
-            a.put(&Instruction::with2(Code::Add_r64_rm64, to, slot(base))?)?;
+            let (code, to) = if self.legacy {
+                (Code::Add_r32_rm32, low_half(to))
+            } else {
+                (Code::Add_r64_rm64, to)
+            };
+            a.put(&Instruction::with2(code, to, slot(base))?)?;
         }
         if self.narrow && plus != 0 {
             a.lea(to, at(to, plus))?;
@@ -208,7 +232,7 @@ pub fn check(
     a.put(&Instruction::with2(
         Code::Or_r64_rm64,
         POINTER,
-        slot(Slot::Asn),
+        slot(address.asn()),
     )?)?;
     let tag = if usage == Use::Read {
         TLB_READ
@@ -241,6 +265,9 @@ pub fn operand(a: &mut Asm, address: &Address, whole: bool) -> Result<MemoryOper
     // Pieces that would need an addition are moved into the pointer one by one.
     let mut rest = *address;
     if let Some(base) = rest.segment.take() {
+        if rest.legacy {
+            return legacy_operand(a, &rest, base);
+        }
         a.load(SCRATCH, slot(base))?;
         a.lea(POINTER, indexed(POINTER, SCRATCH, 1, 0))?;
     }
@@ -256,6 +283,21 @@ pub fn operand(a: &mut Asm, address: &Address, whole: bool) -> Result<MemoryOper
     } else {
         Ok(indexed(POINTER, SCRATCH, 1, 0))
     }
+}
+
+/// The operand of 32-bit code at `address` in the segment whose base is in `base`: the sum has 32 bits.
+fn legacy_operand(a: &mut Asm, address: &Address, base: Slot) -> Result<MemoryOperand, IcedError> {
+    address.compute(a, SCRATCH, 0)?;
+    a.store(slot(Slot::Target), POINTER)?;
+    a.load(POINTER, slot(base))?;
+    a.put(&Instruction::with2(
+        Code::Lea_r32_m,
+        Register::R15D,
+        indexed(SCRATCH, POINTER, 1, 0),
+    )?)?;
+    a.load(POINTER, slot(Slot::Target))?;
+    a.lea(POINTER, indexed(POINTER, SCRATCH, 1, 0))?;
+    Ok(at(POINTER, 0))
 }
 
 impl Address {

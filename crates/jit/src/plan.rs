@@ -327,6 +327,6 @@ fn general_accumulator(i: &Instruction) -> Option<Code> {
         C::Mov_moffs16_AX => C::Mov_rm16_r16,
         C::Mov_moffs32_EAX => C::Mov_rm32_r32,
         C::Mov_moffs64_RAX => C::Mov_rm64_r64,
-        c => c,
+        c => crate::legacy::general(c)?,
     })
 }

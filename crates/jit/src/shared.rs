@@ -55,6 +55,9 @@ pub struct Shared {
     pub host_mxcsr: u64,
     /// The function that loads the vector registers the entry point expects, or one that does nothing.
     pub load: u64,
+    /// `asn`, with bit 63 set, which no tag has with an address of 32 bits, if 32-bit code may not use its
+    /// FS without looking at the segment's limit and rights; then for GS.
+    pub whole_asn: [u64; 2],
 }
 
 /// Offsets in [`Shared`].
@@ -90,6 +93,8 @@ pub enum Slot {
     AllowAvx512 = 200,
     HostMxcsr = 208,
     Load = 216,
+    WholeFsAsn = 224,
+    WholeGsAsn = 232,
 }
 
 const _: () = {
@@ -100,6 +105,7 @@ const _: () = {
     assert!(offset_of!(Shared, level1) == Slot::Level1 as usize);
     assert!(offset_of!(Shared, instructions) == Slot::Instructions as usize);
     assert!(offset_of!(Shared, live) == Slot::LiveSse as usize);
+    assert!(offset_of!(Shared, whole_asn) == Slot::WholeFsAsn as usize);
     assert!(offset_of!(Shared, load) == Slot::Load as usize);
     assert!(offset_of!(Shared, jumps) == Slot::Jumps as usize);
 };

@@ -12,6 +12,7 @@ use crate::asm::{Asm, Hole, at, slot};
 use crate::branch;
 use crate::extent;
 use crate::flags::Flags;
+use crate::legacy::Word;
 use crate::regs::POINTER;
 use crate::shared::Slot;
 use crate::simple;
@@ -108,6 +109,8 @@ pub(crate) struct Block {
     first_exit: u32,
     /// Offset of the block's first byte in its page.
     start: i64,
+    /// The size of addresses, of the stack's entries and of the instruction pointer.
+    pub word: Word,
 }
 
 /// How an instruction was translated.
@@ -139,6 +142,7 @@ pub fn translate(
         loads: Vec::new(),
         first_exit,
         start: start as i64,
+        word: insns.first().map_or(Word::Quad, Word::of),
     };
     let level = extent::level(insns);
     // JRCXZ reaches only a short way; so these are in front of it.

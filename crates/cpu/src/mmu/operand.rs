@@ -317,11 +317,13 @@ impl Cpu {
         (self.stack_code, self.stack_mask)
     }
 
-    /// Sets the part of RSP that the stack's size covers.
+    /// Sets the part of RSP that the stack's size covers. As with every register, 32 bits clear the upper
+    /// half.
     #[inline(always)]
     pub fn set_stack_pointer(&mut self, value: u64, mask: u64) {
         let rsp = &mut self.state.regs[crate::state::reg::RSP];
-        *rsp = *rsp & !mask | value & mask;
+        let kept = if mask == 0xffff { *rsp & !mask } else { 0 };
+        *rsp = kept | value & mask;
     }
 }
 

@@ -63,7 +63,16 @@ pub fn assemble_at(
     at: u64,
     build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>,
 ) -> Vec<u8> {
-    let mut a = CodeAssembler::new(64).unwrap();
+    assemble_bits(64, at, build)
+}
+
+/// The same for code of another size.
+pub fn assemble_bits(
+    bits: u32,
+    at: u64,
+    build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Vec<u8> {
+    let mut a = CodeAssembler::new(bits).unwrap();
     build(&mut a).unwrap();
     a.out(0x99, iced_x86::code_asm::al).unwrap();
     a.assemble(at).unwrap()
@@ -83,9 +92,14 @@ pub fn same(build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) {
 /// The same with other options.
 pub fn same_with(options: Options, build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) {
     let code = assemble(build);
-    let mut one = computer(&code);
+    same_on(options, || computer(&code));
+}
+
+/// Runs a computer's program in both ways.
+pub fn same_on(options: Options, computer: impl Fn() -> Computer) {
+    let mut one = computer();
     finish(&mut one);
-    let mut two = computer(&code);
+    let mut two = computer();
     translate(&mut two, options);
     finish(&mut two);
     assert!(one.cpu.counters.blocks > 0);
