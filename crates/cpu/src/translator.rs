@@ -184,6 +184,11 @@ impl Cpu {
     pub fn address_space(&self) -> u64 {
         self.tlb.asn()
     }
+    /// What copies of level-1 TLB entries rest on: how often entries were dropped, the address space, and
+    /// the entries in use. Entries copied while this was the same are good.
+    pub fn tlb_state(&self) -> (u64, u64, u64) {
+        (self.tlb.drops(), self.tlb.asn(), self.tlb.level1())
+    }
     /// The requests word.
     pub fn shared_requests(&self) -> &Arc<Requests> {
         &self.requests

@@ -2,7 +2,7 @@
 //! the exit that leaves the instruction to the interpreter.
 //!
 //! ```text
-//! let checked = b.check(&address, 8, Use::Read, site)?;   // flags are released, R15 and RCX destroyed
+//! let checked = b.check(&address, 8, Use::Read, site)?;   // may release the flags; destroys R15 and RCX
 //! …                                                       // RCX belongs to the access until its operand is used
 //! let from = b.operand(&checked, false)?;                 // flags are left alone
 //! b.access(&checked);                                     // the next instruction emitted is the access
@@ -10,23 +10,47 @@
 //! …                                                       // the rest of the instruction
 //! b.resume_here(checked.exit);                            // where to go on after the interpreter did it
 //! ```
+//!
+//! Which accesses share a check is [`crate::sharing`]'s to find out. The shared addend is in memory, too,
+//! and taken from there by accesses that do not find it in RCX.
+
+use std::mem::offset_of;
 
 use iced_x86::{IcedError, MemoryOperand, Register};
 
-use crate::memory::{self, Address, Use};
-use crate::translate::{Block, Site};
+use crate::asm::{Hole, shared};
+use crate::memory::{self, Address, Bytes, Use};
+use crate::regs::{POINTER, SCRATCH};
+use crate::shared::Shared;
+use crate::sharing::{Group, Member};
+use crate::translate::{Block, Cold, Site, Wish};
+use crate::window;
 
 /// An access whose check has been emitted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Checked {
     address: Address,
+    /// The place in [`Shared`] that has the addend; without it RCX has.
+    addend: Option<i64>,
     /// The exit in front of the instruction.
     pub exit: usize,
 }
 
+/// A window to be filled, out of line.
+pub(crate) struct Probe {
+    /// The branch that leads here.
+    from: Hole,
+    /// Where to go on.
+    back: usize,
+    window: u32,
+    bytes: Bytes,
+    /// Where to go if the bytes are not in the TLB: index in the list of cold pieces.
+    miss: usize,
+}
+
 impl Block {
-    /// Emits the check of an access of `size` bytes; where it fails the block is left in front of the
-    /// instruction. The flags are released, RCX and R15 destroyed.
+    /// Emits the check of an access of `size` bytes, if none before is good for it; where it fails the
+    /// instruction is left to the interpreter. May release the flags; destroys RCX and R15.
     pub fn check(
         &mut self,
         address: &Address,
@@ -58,17 +82,195 @@ impl Block {
         aligned: bool,
         site: Site,
     ) -> Result<Checked, IcedError> {
-        self.flags.release(&mut self.a)?;
-        let misses = memory::check(&mut self.a, address, size, usage, aligned)?;
+        let bytes = Bytes {
+            from: 0,
+            count: size,
+            usage,
+            align: if aligned { size as i64 } else { 1 },
+        };
+        match self.sharing.find(site.k) {
+            Some((member, group)) if member.is(address, size) => {
+                let group = group.clone();
+                if group.is_shared() {
+                    self.check_shared(address, member, &group, site)
+                } else {
+                    self.check_alone(address, &bytes, site)
+                }
+            }
+            _ => self.check_once(address, &bytes, site),
+        }
+    }
+
+    /// A check at level 1 of the TLB for one access.
+    fn check_once(
+        &mut self,
+        address: &Address,
+        bytes: &Bytes,
+        site: Site,
+    ) -> Result<Checked, IcedError> {
+        self.flags.release_by_scratch(&mut self.a)?;
+        let misses = memory::check(&mut self.a, address, bytes)?;
         Ok(Checked {
             address: *address,
+            addend: None,
             exit: self.leave_from(misses, site),
         })
+    }
+
+    /// A check for one access, by a window in a loop.
+    fn check_alone(
+        &mut self,
+        address: &Address,
+        bytes: &Bytes,
+        site: Site,
+    ) -> Result<Checked, IcedError> {
+        let Some(number) = self.new_window() else {
+            return self.check_once(address, bytes, site);
+        };
+        self.flags.release_by_scratch(&mut self.a)?;
+        let exit = self.leave_from(Vec::new(), site);
+        self.check_window(address, bytes, number, self.cold.len() - 1)?;
+        self.a.load(POINTER, shared(window::addend(number)))?;
+        Ok(Checked {
+            address: *address,
+            addend: None,
+            exit,
+        })
+    }
+
+    /// The check of a group in front of its first access, nothing at the others.
+    fn check_shared(
+        &mut self,
+        address: &Address,
+        member: Member,
+        group: &Group,
+        site: Site,
+    ) -> Result<Checked, IcedError> {
+        if group.first == site.k {
+            let bytes = Bytes {
+                from: -member.offset,
+                count: group.span(),
+                usage: group.usage,
+                align: group.align,
+            };
+            self.flags.release_by_scratch(&mut self.a)?;
+            let addend = self.check_group(address, &bytes, group.number, site)?;
+            self.addends.push((member.group, addend));
+        }
+        let kept = self.addends.iter().rev().find(|(g, _)| *g == member.group);
+        let addend = kept.map(|(_, place)| *place);
+        let exit = self.leave_from(Vec::new(), site);
+        self.fault_exit = Some(exit);
+        Ok(Checked {
+            address: *address,
+            addend,
+            exit,
+        })
+    }
+
+    /// Emits a group's check; returns where its addend is.
+    fn check_group(
+        &mut self,
+        address: &Address,
+        bytes: &Bytes,
+        number: usize,
+        site: Site,
+    ) -> Result<i64, IcedError> {
+        let fail = self.apart_from(site);
+        let place = match self.new_window() {
+            Some(n) => {
+                self.check_window(address, bytes, n, fail)?;
+                let place = window::addend(n);
+                self.a.load(POINTER, shared(place))?;
+                place
+            }
+            None => {
+                let misses = memory::check(&mut self.a, address, bytes)?;
+                self.cold[fail].holes.extend(misses);
+                let place = (offset_of!(Shared, kept) + number * 8) as i64;
+                self.a.store(shared(place), POINTER)?;
+                place
+            }
+        };
+        self.a.pointer = Some(place);
+        Ok(place)
+    }
+
+    /// A cold piece that goes on at this instruction in a translation that shares nothing.
+    fn apart_from(&mut self, site: Site) -> usize {
+        let exit = self.new_exit(Wish::Link {
+            hole: 0,
+            unlinked: 0,
+            offset: site.at as u64,
+            apart: Some(self.counted.saturating_sub(site.k)),
+            recipe: None,
+        });
+        self.cold.push(Cold {
+            holes: Vec::new(),
+            flags: self.flags.clone(),
+            aside: None,
+            offset: site.at,
+            exit,
+        });
+        self.cold.len() - 1
+    }
+
+    fn check_window(
+        &mut self,
+        address: &Address,
+        bytes: &Bytes,
+        number: u32,
+        miss: usize,
+    ) -> Result<(), IcedError> {
+        address.compute(&mut self.a, SCRATCH, bytes.from)?;
+        window::compare(&mut self.a, number)?;
+        // Not below the limit.
+        let from = self.a.jcc(3);
+        self.probes.push(Probe {
+            from,
+            back: self.a.here(),
+            window: number,
+            bytes: *bytes,
+            miss,
+        });
+        let unaligned = memory::test_alignment(&mut self.a, bytes.align)?;
+        self.cold[miss].holes.extend(unaligned);
+        Ok(())
+    }
+
+    /// A window, if the block is to use windows.
+    fn new_window(&mut self) -> Option<u32> {
+        let n = self.next_window.as_mut()?;
+        let taken = *n;
+        *n = window::after(taken);
+        self.windows_taken += 1;
+        Some(taken)
+    }
+
+    /// Emits the out-of-line pieces that fill windows.
+    pub fn emit_probes(&mut self) -> Result<(), IcedError> {
+        for probe in std::mem::take(&mut self.probes) {
+            self.a.land(probe.from);
+            window::prepare_probe(&mut self.a, probe.window, &probe.bytes)?;
+            let call = self.a.call();
+            self.probe_calls.push((call, probe.bytes.usage));
+            let miss = self.a.jne();
+            self.cold[probe.miss].holes.push(miss);
+            let back = self.a.jmp();
+            self.a.fill(back, probe.back);
+        }
+        Ok(())
     }
 
     /// Emits what makes the host operand of a checked access; leaves the flags alone. `whole`: the
     /// operand uses no register but RCX, so that R15 is free, and needs no REX prefix.
     pub fn operand(&mut self, checked: &Checked, whole: bool) -> Result<MemoryOperand, IcedError> {
+        if let Some(place) = checked.addend
+            && self.a.pointer != Some(place)
+        {
+            self.a.load(POINTER, shared(place))?;
+            self.a.pointer = Some(place);
+        }
         memory::operand(&mut self.a, &checked.address, whole)
     }
 

@@ -1,11 +1,16 @@
 //! Emitting host instructions: iced-x86's encoder, and the few branches that are patched by hand.
 
-use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, Register};
+use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, OpKind, Register};
 
+use crate::regs::POINTER;
 use crate::shared::Slot;
 
 /// Host code under construction. Positions are byte offsets from its beginning.
 pub struct Asm {
+    /// The place in [`crate::shared::Shared`] whose value RCX holds, if known.
+    pub pointer: Option<i64>,
+    /// Code has been emitted that keeps flags for which there was no recipe.
+    pub keeps_flags: bool,
     encoder: Encoder,
     bytes: Vec<u8>,
 }
@@ -16,12 +21,17 @@ pub struct Hole(pub usize);
 
 /// A place in [`crate::shared::Shared`], which translated code reaches through GS.
 pub fn slot(slot: Slot) -> MemoryOperand {
+    shared(slot as i64)
+}
+
+/// The same by its offset.
+pub fn shared(offset: i64) -> MemoryOperand {
     MemoryOperand::new(
         Register::None,
         Register::None,
         1,
-        slot as i64,
-        4,
+        offset,
+        8,
         false,
         Register::GS,
     )
@@ -41,6 +51,8 @@ impl Asm {
     /// Nothing yet.
     pub fn new() -> Self {
         Self {
+            pointer: None,
+            keeps_flags: false,
             encoder: Encoder::new(64),
             bytes: Vec::with_capacity(1024),
         }
@@ -55,6 +67,9 @@ impl Asm {
     }
     /// Appends an instruction that has no branch target and no RIP-relative operand.
     pub fn put(&mut self, insn: &Instruction) -> Result<(), IcedError> {
+        if mentions_pointer(insn) {
+            self.pointer = None;
+        }
         let done = self.encoder.encode(insn, 0);
         let mut encoded = self.encoder.take_buffer();
         if done.is_ok() {
@@ -98,6 +113,7 @@ impl Asm {
     }
     /// The jump at `hole` (from [`Asm::jrcxz`]) comes here.
     pub fn land_short(&mut self, hole: usize) {
+        self.pointer = None;
         self.bytes[hole] = (self.here() - hole - 1) as u8;
     }
     /// The branch at `hole` goes to `to`.
@@ -107,6 +123,7 @@ impl Asm {
     }
     /// The branch at `hole` comes here.
     pub fn land(&mut self, hole: Hole) {
+        self.pointer = None;
         self.fill(hole, self.here());
     }
     /// MOV between 64-bit registers.
@@ -129,4 +146,11 @@ impl Asm {
     pub fn store_u32(&mut self, to: MemoryOperand, value: u32) -> Result<(), IcedError> {
         self.put(&Instruction::with2(Code::Mov_rm32_imm32, to, value)?)
     }
+}
+
+/// Whether RCX may be written: it is an operand.
+fn mentions_pointer(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|i| {
+        insn.op_kind(i) == OpKind::Register && insn.op_register(i).full_register() == POINTER
+    })
 }

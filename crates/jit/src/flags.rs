@@ -12,7 +12,7 @@ use crate::regs::{SCRATCH, bit, sized};
 use crate::shared::Slot;
 
 /// Instructions that leave the flags as they are, and change nothing but the scratch register.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recipe {
     steps: Vec<Instruction>,
     /// Host registers whose values it needs.
@@ -80,16 +80,38 @@ pub enum Flags {
 impl Flags {
     /// Makes sure that destroying the host's flags loses nothing.
     pub fn release(&mut self, a: &mut Asm) -> Result<(), IcedError> {
+        self.release_with(a, keep)
+    }
+
+    /// The same where R15 is free.
+    pub fn release_by_scratch(&mut self, a: &mut Asm) -> Result<(), IcedError> {
+        self.release_with(a, keep_by_scratch)
+    }
+
+    fn release_with(
+        &mut self,
+        a: &mut Asm,
+        keep: fn(&mut Asm) -> Result<(), IcedError>,
+    ) -> Result<(), IcedError> {
         if let Self::Host(recipe) = self {
             *self = match recipe.take() {
                 Some(r) => Self::Recipe(r),
                 None => {
                     keep(a)?;
+                    a.keeps_flags = true;
                     Self::Kept
                 }
             };
         }
         Ok(())
+    }
+
+    /// How the flags can be made again, if they are in the host's.
+    pub fn recipe(&self) -> Option<&Recipe> {
+        match self {
+            Self::Host(recipe) => recipe.as_ref(),
+            Self::Recipe(_) | Self::Kept => None,
+        }
     }
 
     /// Emits what puts the flags into the host's flags.
@@ -152,6 +174,15 @@ fn keep(a: &mut Asm) -> Result<(), IcedError> {
     a.put(&Instruction::with1(Code::Seto_rm8, Register::AL)?)?;
     a.store(slot(Slot::KeptFlags), Register::RAX)?;
     a.load(Register::RAX, slot(Slot::Rax))
+}
+
+/// The same, quicker: RAX does not go through memory.
+fn keep_by_scratch(a: &mut Asm) -> Result<(), IcedError> {
+    a.mov(SCRATCH, Register::RAX)?;
+    a.put(&Instruction::with(Code::Lahf))?;
+    a.put(&Instruction::with1(Code::Seto_rm8, Register::AL)?)?;
+    a.store(slot(Slot::KeptFlags), Register::RAX)?;
+    a.mov(Register::RAX, SCRATCH)
 }
 
 fn restore(a: &mut Asm) -> Result<(), IcedError> {

@@ -22,6 +22,7 @@ mod memory;
 mod plan;
 pub mod regs;
 mod shared;
+mod sharing;
 mod simple;
 mod stack;
 mod stubs;
@@ -30,6 +31,7 @@ mod table;
 pub mod translate;
 mod vectors;
 mod views;
+mod window;
 
 use std::io;
 use std::sync::Arc;
@@ -44,9 +46,10 @@ pub use budget::Budget;
 
 use budget::Account;
 use cache::Cache;
+use flags::Recipe;
 use shared::Shared;
-use table::{Table, Translated};
-use translate::Wish;
+use table::{APART, Table, Translated};
+use translate::{Manner, Wish};
 use vectors::Level;
 use views::Views;
 
@@ -82,6 +85,9 @@ pub struct Jit {
     enter: u64,
     leave: u64,
     loaders: [u64; 4],
+    probes: [u64; 2],
+    /// The windows that are taken next, by supervisor and user code.
+    next_window: [u32; 2],
     table: Table,
     accesses: CodeMap,
     views: Views,
@@ -131,6 +137,8 @@ impl Jit {
             enter: base + stubs.enter as u64,
             leave: base + stubs.leave as u64,
             loaders: stubs.loaders.map(|at| base + at as u64),
+            probes: stubs.probes.map(|at| base + at as u64),
+            next_window: [0, window::WINDOWS as u32],
             table: Table::default(),
             accesses,
             views: Views::default(),
@@ -140,11 +148,18 @@ impl Jit {
     }
 
     /// The translation of a block, made if it is hot.
-    fn translation(&mut self, cpu: &mut Cpu, id: anykvm_cpu::block::BlockId) -> Option<u32> {
+    /// `apart`: the one that shares no checks.
+    fn translation(
+        &mut self,
+        cpu: &mut Cpu,
+        id: anykvm_cpu::block::BlockId,
+        apart: bool,
+    ) -> Option<u32> {
         let mode = cpu.mode();
         let threshold = self.options.threshold;
         let block = cpu.block(id)?;
-        let place = (block.host, mode.bits_packed());
+        let manner = if apart { APART } else { 0 };
+        let place = (block.host, mode.bits_packed() | manner);
         if let Some(n) = self.table.find(place, &block.bytes) {
             return Some(n);
         }
@@ -162,7 +177,7 @@ impl Jit {
         let mut bytes = block.bytes.to_vec();
         let began = Instant::now();
         extent::extend(cpu, place.0, &mut insns, &mut bytes);
-        let made = self.make(place, insns.into(), bytes.into());
+        let made = self.make(place, insns.into(), bytes.into(), mode.user(), None);
         self.stats.translation_ns += began.elapsed().as_nanos() as u64;
         if made.is_none()
             && let Some(block) = cpu.block(id)
@@ -173,10 +188,25 @@ impl Jit {
         made
     }
 
-    fn make(&mut self, place: (u64, u32), insns: Arc<[Insn]>, bytes: Box<[u8]>) -> Option<u32> {
+    fn make(
+        &mut self,
+        place: (u64, u32),
+        insns: Arc<[Insn]>,
+        bytes: Box<[u8]>,
+        user: bool,
+        recipe: Option<Recipe>,
+    ) -> Option<u32> {
         let start = place.0 % 4096;
-        let first = self.table.next_exit();
-        let mut t = translate::translate(&insns, start, first, self.options.count).ok()?;
+        let next_window = &mut self.next_window[usize::from(user)];
+        let manner = Manner {
+            first_exit: self.table.next_exit(),
+            count: self.options.count,
+            apart: place.1 & APART != 0,
+            window: *next_window,
+            recipe,
+        };
+        let mut t = translate::translate(&insns, start, manner).ok()?;
+        (0..t.windows).for_each(|_| *next_window = window::after(*next_window));
         let room = Cache::room(t.bytes.len());
         if !self.account.take(room) {
             if self.account.could_take(self.cache.kept() + room) {
@@ -185,7 +215,7 @@ impl Jit {
             return None;
         }
         let base = self.cache.next();
-        t.connect(base, self.leave, &self.loaders);
+        t.connect(base, self.leave, &self.loaders, &self.probes);
         let base = self.cache.add(&t.bytes)?;
         for (access, resume) in &t.accesses {
             self.accesses
@@ -201,6 +231,8 @@ impl Jit {
                 insns,
                 bytes,
                 level: t.level,
+                recipes: t.recipes,
+                wants_recipe: t.wants_recipe,
                 host: place.0,
                 incoming: Vec::new(),
             },
@@ -251,12 +283,30 @@ impl Jit {
     }
 
     /// Leads the branch that was left last to this translation, if it is where it goes.
-    fn link(&mut self, n: u32) {
-        if let Some(exit) = self.pending.take()
-            && let Some((hole, to)) = self.table.link(exit, n)
-        {
+    /// Only branches may lead to one that knows how to make the flags: what runs next need not have come
+    /// by this branch.
+    fn link(&mut self, n: u32, user: bool) {
+        let Some(exit) = self.pending.take() else {
+            return;
+        };
+        if !self.table.leads_to(exit, n) {
+            return;
+        }
+        let better = self.with_recipe(exit, n, user);
+        if let Some((hole, to)) = self.table.link(exit, better.unwrap_or(n)) {
             self.redirect(hole, to);
         }
+    }
+
+    /// The translation that knows how to make the flags behind this exit, if `n` would be better for it.
+    fn with_recipe(&mut self, exit: u32, n: u32, user: bool) -> Option<u32> {
+        let (place, recipe) = self.table.better_place(exit, n)?;
+        let t = self.table.get(n)?;
+        let (insns, bytes) = (t.insns.clone(), t.bytes.clone());
+        if let Some(n) = self.table.find(place, &bytes) {
+            return Some(n);
+        }
+        self.make(place, insns, bytes, user, Some(recipe))
     }
 
     /// Runs translated code from an entry point that expects these vector registers to be loaded. False if
@@ -269,6 +319,7 @@ impl Jit {
         }
         s.allow = [Level::Sse, Level::Avx, Level::Avx512].map(|l| u64::from(l <= available));
         s.load = self.loaders[level as usize];
+        s.windows.empty_if_changed(cpu.tlb_state());
         let f = cpu.state.rflags;
         s.flags = (f & 0xd5) << 8 | f >> 11 & 1;
         s.asn = cpu.address_space();
@@ -326,11 +377,15 @@ impl Translator for Jit {
         if let Some(host) = cpu.block(id).map(|b| b.host) {
             self.check_page(cpu, host, view);
         }
-        let Some(n) = self.translation(cpu, id) else {
+        let host = cpu.block(id).map_or(0, |b| b.host);
+        let apart = self
+            .pending
+            .is_some_and(|exit| self.table.leads_apart(exit, host));
+        let Some(n) = self.translation(cpu, id, apart) else {
             self.pending = None;
             return cpu.interpret_block(id);
         };
-        self.link(n);
+        self.link(n, cpu.mode().user());
         cpu.shared_requests().rearm();
         let rip = cpu.state.rip();
         let Some(t) = self.table.get(n) else {
@@ -339,14 +394,18 @@ impl Translator for Jit {
         let mut entry = t.checked;
         // The entry point loads what the block needs; places to resume expect it.
         let mut level = Level::None;
-        let global = cpu.page_is_global(rip);
-        self.views.insert(rip, entry, global, cpu.address_space());
+        if !apart {
+            let global = cpu.page_is_global(rip);
+            self.views.insert(rip, entry, global, cpu.address_space());
+        }
         self.shared.page = rip & !0xfff;
         loop {
             if !self.enter(cpu, entry, level) {
                 return Ok(());
             }
-            self.stats.executed += std::mem::take(&mut self.shared.instructions);
+            // Code that is resumed takes back what was counted before.
+            let counted = std::mem::take(&mut self.shared.instructions);
+            self.stats.executed = self.stats.executed.wrapping_add(counted);
             let number = self.shared.exit as u32;
             let Some((insns, needs, wish)) = self.table.exit(number) else {
                 return Ok(());
@@ -364,7 +423,11 @@ impl Translator for Jit {
                     self.pending = Some(number);
                     return Ok(());
                 }
-                Wish::Interpret { insn, resume } => {
+                Wish::Interpret {
+                    insn,
+                    resume,
+                    guarded,
+                } => {
                     let rest = if self.options.count {
                         translate::run_length(insns.get(insn..).unwrap_or_default()) as u64
                     } else {
@@ -376,7 +439,12 @@ impl Translator for Jit {
                         return Ok(());
                     };
                     self.stats.left += 1;
-                    match (cpu.interpret(insn)?, resume) {
+                    let go_on = cpu.interpret(insn)?;
+                    let dropped = self.shared.windows.empty_if_changed(cpu.tlb_state());
+                    if guarded && dropped {
+                        return Ok(());
+                    }
+                    match (go_on, resume) {
                         (true, Some(at)) => {
                             self.stats.executed += rest.saturating_sub(1);
                             entry = at as u64;

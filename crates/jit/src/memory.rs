@@ -113,9 +113,14 @@ impl Address {
         }
     }
 
+    /// The constant part.
+    pub fn displacement(&self) -> i64 {
+        self.displacement
+    }
+
     /// Puts the linear address plus `plus` into a register. Destroys flags only with a segment or two
     /// parts in memory.
-    fn compute(&self, a: &mut Asm, to: Register, plus: i64) -> Result<(), IcedError> {
+    pub fn compute(&self, a: &mut Asm, to: Register, plus: i64) -> Result<(), IcedError> {
         let d = self.displacement + if self.narrow { 0 } else { plus };
         let lea = |a: &mut Asm, to: Register, m: MemoryOperand| {
             let (code, to) = if self.narrow {
@@ -189,25 +194,39 @@ pub enum Use {
     Atomic,
 }
 
-/// Emits the TLB check of an access of `size` bytes, which is a multiple of its size if `aligned`. Destroys the flags, RCX and R15; leaves the
-/// addend in RCX. Returns the branches to be taken on a miss.
-pub fn check(
-    a: &mut Asm,
-    address: &Address,
-    size: usize,
-    usage: Use,
-    aligned: bool,
-) -> Result<Vec<Hole>, IcedError> {
-    let mut misses = Vec::with_capacity(2);
-    address.compute(a, SCRATCH, 0)?;
-    if aligned && size > 1 {
-        a.put(&Instruction::with2(
-            Code::Test_rm8_imm8,
-            Register::R15L,
-            size as u32 - 1,
-        )?)?;
-        misses.push(a.jne());
+/// Bytes to be checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Bytes {
+    /// The first one's distance from the address.
+    pub from: i64,
+    /// How many.
+    pub count: usize,
+    /// What is done with them.
+    pub usage: Use,
+    /// The first one's address is a multiple of this power of two.
+    pub align: i64,
+}
+
+/// Emits a test whether R15 is a multiple of `align`; returns the branch that is taken if not.
+pub fn test_alignment(a: &mut Asm, align: i64) -> Result<Option<Hole>, IcedError> {
+    if align <= 1 {
+        return Ok(None);
     }
+    let mask = align as u32 - 1;
+    a.put(&Instruction::with2(
+        Code::Test_rm8_imm8,
+        Register::R15L,
+        mask,
+    )?)?;
+    Ok(Some(a.jne()))
+}
+
+/// Emits the TLB check of bytes of one page. Destroys the flags, RCX and R15; leaves the addend in RCX.
+/// Returns the branches to be taken on a miss.
+pub fn check(a: &mut Asm, address: &Address, bytes: &Bytes) -> Result<Vec<Hole>, IcedError> {
+    let mut misses = Vec::with_capacity(2);
+    address.compute(a, SCRATCH, bytes.from)?;
+    misses.extend(test_alignment(a, bytes.align)?);
     a.put(&Instruction::with2(
         Code::Shr_rm64_imm8,
         SCRATCH,
@@ -223,7 +242,7 @@ pub fn check(
         SCRATCH,
         slot(Slot::Level1),
     )?)?;
-    address.compute(a, POINTER, size as i64 - 1)?;
+    address.compute(a, POINTER, bytes.from + bytes.count as i64 - 1)?;
     a.put(&Instruction::with2(
         Code::And_rm64_imm32,
         POINTER,
@@ -234,10 +253,9 @@ pub fn check(
         POINTER,
         slot(address.asn()),
     )?)?;
-    let tag = if usage == Use::Read {
-        TLB_READ
-    } else {
-        TLB_WRITE
+    let tag = match bytes.usage {
+        Use::Read => TLB_READ,
+        Use::Write | Use::Atomic => TLB_WRITE,
     };
     a.put(&Instruction::with2(
         Code::Cmp_r64_rm64,
@@ -261,6 +279,15 @@ pub fn operand(a: &mut Asm, address: &Address, whole: bool) -> Result<MemoryOper
             return Ok(at(POINTER, 0));
         }
         return Ok(indexed(POINTER, b, 1, address.displacement));
+    }
+    if let (Part::None, Part::Host(i), false, None, false) = (
+        address.base,
+        address.index,
+        address.narrow,
+        address.segment,
+        whole,
+    ) {
+        return Ok(indexed(POINTER, i, address.scale, address.displacement));
     }
     // Pieces that would need an addition are moved into the pointer one by one.
     let mut rest = *address;

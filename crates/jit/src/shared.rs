@@ -5,7 +5,9 @@ use std::sync::atomic::AtomicU32;
 
 use anykvm_cpu::state::CpuState;
 
+use crate::sharing::GROUPS;
 use crate::views::Jump;
+use crate::window::Windows;
 
 /// See the module's description; [`Slot`] has the fields' offsets.
 #[derive(Debug)]
@@ -58,6 +60,12 @@ pub struct Shared {
     /// `asn`, with bit 63 set, which no tag has with an address of 32 bits, if 32-bit code may not use its
     /// FS without looking at the segment's limit and rights; then for GS.
     pub whole_asn: [u64; 2],
+    /// What a probe of the TLB is given and saves.
+    pub probe: [u64; 3],
+    /// Addends that accesses of the running block share.
+    pub kept: [u64; GROUPS],
+    /// See [`crate::window`].
+    pub windows: Windows,
 }
 
 /// Offsets in [`Shared`].
@@ -95,6 +103,9 @@ pub enum Slot {
     Load = 216,
     WholeFsAsn = 224,
     WholeGsAsn = 232,
+    Probe0 = 240,
+    Probe1 = 248,
+    Probe2 = 256,
 }
 
 const _: () = {
@@ -107,6 +118,7 @@ const _: () = {
     assert!(offset_of!(Shared, live) == Slot::LiveSse as usize);
     assert!(offset_of!(Shared, whole_asn) == Slot::WholeFsAsn as usize);
     assert!(offset_of!(Shared, load) == Slot::Load as usize);
+    assert!(offset_of!(Shared, probe) == Slot::Probe0 as usize);
     assert!(offset_of!(Shared, jumps) == Slot::Jumps as usize);
 };
 

@@ -5,15 +5,15 @@ use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, RflagsBits};
 
 use crate::asm::slot;
 use crate::flags::{Flags, recipe, wants_operand};
-use crate::memory::Use;
 use crate::plan::{Plan, set_memory};
 use crate::regs::{GUEST_RCX, POINTER};
 use crate::shared::Slot;
+use crate::sharing::must_be_aligned;
 use crate::translate::{Block, Done, Site};
-use crate::vectors::{Level, may_need_alignment};
+use crate::vectors::Level;
 use crate::{divide, stack};
 
-const STATUS: u32 = RflagsBits::OF
+pub(crate) const STATUS: u32 = RflagsBits::OF
     | RflagsBits::SF
     | RflagsBits::ZF
     | RflagsBits::AF
@@ -190,8 +190,7 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
     let mut out = plan.insn;
     let mut checked = None;
     if let Some((address, usage, size)) = &plan.memory {
-        // A locked access that crosses a cache line is slow on the host or forbidden there.
-        let aligned = *usage == Use::Atomic || *size >= 16 && may_need_alignment(raw);
+        let aligned = must_be_aligned(raw, *size, *usage);
         checked = Some(b.check_aligned(address, *size, *usage, aligned, site)?);
     }
     let reads_flags = raw.rflags_read() & STATUS != 0;

@@ -9,6 +9,7 @@ use crate::flags::load_flags;
 use crate::regs::{Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
 use crate::vectors;
+use crate::window;
 
 /// Host registers the C ABI wants back.
 const SAVED: [Register; 6] = [
@@ -28,6 +29,8 @@ pub struct Stubs {
     pub bytes: Vec<u8>,
     /// Position of `extern "sysv64" fn(entry, *mut Shared)`.
     pub enter: usize,
+    /// Functions that fill windows for reads and writes.
+    pub probes: [usize; 2],
     /// Position of the way out.
     pub leave: usize,
 }
@@ -43,6 +46,7 @@ pub fn stubs() -> Result<Stubs, IcedError> {
     let nothing = a.here();
     a.put(&Instruction::with(Code::Retnq))?;
     let [sse, avx, avx512] = vectors::loaders(&mut a)?;
+    let probes = window::probes(&mut a)?;
     let enter = a.here();
     for r in SAVED {
         a.put(&Instruction::with1(Code::Push_r64, r)?)?;
@@ -90,6 +94,7 @@ pub fn stubs() -> Result<Stubs, IcedError> {
     }
     a.put(&Instruction::with(Code::Retnq))?;
     Ok(Stubs {
+        probes,
         loaders: [nothing, sse, avx, avx512],
         bytes: a.into_bytes(),
         enter,

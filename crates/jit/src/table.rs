@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anykvm_cpu::Insn;
 
+use crate::flags::Recipe;
 use crate::translate::Wish;
 use crate::vectors::Level;
 
@@ -22,11 +23,24 @@ pub struct Translated {
     pub bytes: Box<[u8]>,
     /// The vector registers its code needs.
     pub level: Level,
+    /// How flags can be made behind its links.
+    pub recipes: Vec<Recipe>,
+    /// It keeps the flags it is entered with, because it does not know how to make them.
+    pub wants_recipe: bool,
     /// Host address of the first byte.
     pub host: u64,
     /// Exits linked to this translation.
     pub incoming: Vec<u32>,
 }
+
+/// In a place's mode: each access is checked by itself.
+pub const APART: u32 = 1 << 31;
+/// In a place's mode: where the number, from 1, of what is known of the flags begins.
+const RECIPE: u32 = 24;
+/// Most things that are known of the flags at a place.
+const RECIPES: usize = 4;
+/// What a place's mode has besides the mode.
+const EXTRA: u32 = APART | 7 << RECIPE;
 
 /// Host address and mode: what a translation is made for.
 pub type Place = (u64, u32);
@@ -59,6 +73,8 @@ pub struct Table {
     pages: HashMap<u64, Page>,
     /// Bytes behind the translations.
     behind: usize,
+    /// What may be known of the flags when a place is entered.
+    recipes: HashMap<Place, Vec<Recipe>>,
 }
 
 /// Bytes of memory behind a translation.
@@ -97,18 +113,27 @@ impl Table {
         for wish in wishes {
             let absolute = |at: usize| at + base as usize;
             let wish = match *wish {
-                Wish::Interpret { insn, resume } => Wish::Interpret {
+                Wish::Interpret {
+                    insn,
+                    resume,
+                    guarded,
+                } => Wish::Interpret {
                     insn,
                     resume: resume.map(absolute),
+                    guarded,
                 },
                 Wish::Link {
                     hole,
                     unlinked,
                     offset,
+                    apart,
+                    recipe,
                 } => Wish::Link {
                     hole: absolute(hole),
                     unlinked: absolute(unlinked),
                     offset,
+                    apart,
+                    recipe,
                 },
                 other => other,
             };
@@ -132,27 +157,75 @@ impl Table {
         let t = self.get(e.translation)?;
         Some((t.insns.clone(), t.level, e.wish))
     }
+    /// The recipe for the flags behind an exit, and the place of the translation that is to be entered with
+    /// it instead of `to`, to which the exit leads. `None` if that one is good.
+    pub fn better_place(&mut self, exit: u32, to: u32) -> Option<(Place, Recipe)> {
+        let e = self.exits.get(exit as usize)?;
+        let Wish::Link { recipe, apart, .. } = e.wish else {
+            return None;
+        };
+        let target = self.get(to)?;
+        if apart.is_some() || !target.wants_recipe {
+            return None;
+        }
+        let recipe = self.get(e.translation)?.recipes.get(recipe?)?.clone();
+        let place = (target.host, self.modes[to as usize] & !EXTRA);
+        let known = self.recipes.entry(place).or_default();
+        let n = match known.iter().position(|r| *r == recipe) {
+            Some(n) => n,
+            None if known.len() < RECIPES => {
+                known.push(recipe.clone());
+                known.len() - 1
+            }
+            None => return None,
+        };
+        Some(((place.0, place.1 | (n as u32 + 1) << RECIPE), recipe))
+    }
+    /// Whether an exit leads to the translation at a host address that shares no checks.
+    pub fn leads_apart(&self, exit: u32, host: u64) -> bool {
+        let Some(e) = self.exits.get(exit as usize) else {
+            return false;
+        };
+        let from = self.get(e.translation).map(|t| t.host & !0xfff);
+        matches!(e.wish, Wish::Link { offset, apart: Some(_), .. }
+            if from.is_some_and(|page| page | offset == host))
+    }
+    /// Whether an exit is a branch, not linked yet, to where a translation was made for.
+    pub fn leads_to(&self, exit: u32, to: u32) -> bool {
+        let find = || {
+            let e = self.exits.get(exit as usize)?;
+            let Wish::Link { offset, apart, .. } = e.wish else {
+                return None;
+            };
+            let (from, target) = (self.get(e.translation)?, self.get(to)?);
+            let (mode, other) = (self.modes[e.translation as usize], self.modes[to as usize]);
+            let same_mode = mode & !EXTRA == other & !EXTRA;
+            let same_manner = apart.is_some() == (other & APART != 0);
+            let same_place = from.host & !0xfff | offset == target.host;
+            Some(e.linked.is_none() && same_mode && same_manner && same_place)
+        };
+        find().unwrap_or(false)
+    }
     /// Links an exit to a translation; returns which displacement must lead where. `None` if the
     /// translation is not where the exit goes.
     pub fn link(&mut self, exit: u32, to: u32) -> Option<(u64, u64)> {
-        let e = self.exits.get(exit as usize)?;
-        let Wish::Link { hole, offset, .. } = e.wish else {
-            return None;
-        };
-        let from = self.get(e.translation)?;
-        let target = self.get(to)?;
-        let same_mode = self.modes[e.translation as usize] == self.modes[to as usize];
-        if e.linked.is_some() || !same_mode || from.host & !0xfff | offset != target.host {
+        if !self.leads_to(exit, to) {
             return None;
         }
+        let e = self.exits.get(exit as usize)?;
+        let Wish::Link { hole, .. } = e.wish else {
+            return None;
+        };
+        let from = self.get(e.translation)?.host;
+        let target = self.all.get_mut(to as usize)?.as_mut()?;
         // Each loop of linked branches has one that does not lead forward.
-        let entry = if target.host > from.host {
+        let entry = if target.host > from {
             target.plain
         } else {
             target.checked
         };
+        target.incoming.push(exit);
         self.exits[exit as usize].linked = Some(to);
-        self.all[to as usize].as_mut()?.incoming.push(exit);
         Some((hole as u64, entry))
     }
     /// Whether a page's translations have not been compared with memory in a view.

@@ -8,13 +8,16 @@
 use anykvm_cpu::Insn;
 use iced_x86::{FlowControl, IcedError, Instruction, Register};
 
+use crate::access::Probe;
 use crate::asm::{Asm, Hole, at, slot};
 use crate::branch;
 use crate::extent;
-use crate::flags::Flags;
+use crate::flags::{Flags, Recipe};
 use crate::legacy::Word;
+use crate::memory::Use;
 use crate::regs::POINTER;
 use crate::shared::Slot;
+use crate::sharing::Sharing;
 use crate::simple;
 use crate::vectors::Level;
 
@@ -28,6 +31,9 @@ pub enum Wish {
         insn: usize,
         /// Where the next instruction's code begins.
         resume: Option<usize>,
+        /// The code there relies on checks made before: it must not be entered if the TLB may have
+        /// dropped something.
+        guarded: bool,
     },
     /// Go on at RIP, which is `offset` bytes into the page; then let the branch displacement at
     /// `hole` lead there directly.
@@ -38,6 +44,11 @@ pub enum Wish {
         unlinked: usize,
         /// Offset in the page.
         offset: u64,
+        /// Go on in a translation that shares no checks; so many instructions less have been executed
+        /// than counted.
+        apart: Option<usize>,
+        /// How the flags can be made there: index in [`Translation::recipes`].
+        recipe: Option<usize>,
     },
     /// Look at requests; RIP is the block's first instruction.
     Request,
@@ -61,6 +72,14 @@ pub struct Translation {
     pub level: Level,
     /// Calls of the functions that load vector registers.
     pub loads: Vec<(Hole, Level)>,
+    /// Calls of the functions that fill windows.
+    pub probes: Vec<(Hole, Use)>,
+    /// How many windows it has taken.
+    pub windows: u32,
+    /// How flags can be made behind links.
+    pub recipes: Vec<Recipe>,
+    /// It would be better if it was known how to make the flags it is entered with.
+    pub wants_recipe: bool,
     /// Instructions that access guest RAM, and where to go on if that faults.
     pub accesses: Vec<(usize, usize)>,
 }
@@ -68,13 +87,17 @@ pub struct Translation {
 impl Translation {
     /// Leads the jumps to the common way out and the calls to the loaders of vector registers; the code
     /// is about to stand at `base`.
-    pub fn connect(&mut self, base: u64, way_out: u64, loaders: &[u64; 4]) {
+    pub fn connect(&mut self, base: u64, way_out: u64, loaders: &[u64; 4], probes: &[u64; 2]) {
         let leaves = self.leaves.iter().map(|hole| (*hole, way_out));
         let loads = self
             .loads
             .iter()
             .map(|(hole, level)| (*hole, loaders[*level as usize]));
-        for (hole, to) in leaves.chain(loads) {
+        let probes = self
+            .probes
+            .iter()
+            .map(|(hole, usage)| (*hole, probes[usize::from(*usage != Use::Read)]));
+        for (hole, to) in leaves.chain(loads).chain(probes) {
             let distance = to.wrapping_sub(base + hole.0 as u64 + 4) as i32;
             self.bytes[hole.0..hole.0 + 4].copy_from_slice(&distance.to_le_bytes());
         }
@@ -111,6 +134,35 @@ pub(crate) struct Block {
     start: i64,
     /// The size of addresses, of the stack's entries and of the instruction pointer.
     pub word: Word,
+    /// Which accesses share a check.
+    pub sharing: Sharing,
+    /// Groups that have been checked, and where their addends are.
+    pub addends: Vec<(usize, i64)>,
+    /// The next window, if windows are to be used.
+    pub next_window: Option<u32>,
+    pub windows_taken: u32,
+    pub probes: Vec<Probe>,
+    pub probe_calls: Vec<(Hole, Use)>,
+    pub recipes: Vec<Recipe>,
+    /// The exit taken last for nothing but faults of the host: there is nothing to resume.
+    pub fault_exit: Option<usize>,
+    /// Instructions that have been counted before they are executed, from the first on.
+    pub counted: usize,
+}
+
+/// How a block is to be translated.
+#[derive(Clone, Debug)]
+pub struct Manner {
+    /// The number of its first exit.
+    pub first_exit: u32,
+    /// The code counts the instructions it executes.
+    pub count: bool,
+    /// Each access is checked by itself.
+    pub apart: bool,
+    /// The first window it may take.
+    pub window: u32,
+    /// How the flags can be made with which it is entered, wherever from.
+    pub recipe: Option<Recipe>,
 }
 
 /// How an instruction was translated.
@@ -123,17 +175,27 @@ pub(crate) enum Done {
     Unsupported,
 }
 
-/// Translates instructions that begin `start` bytes into their page. Exits are numbered from
-/// `first_exit`. `count`: the code counts the instructions it executes.
-pub fn translate(
-    insns: &[Insn],
-    start: u64,
-    first_exit: u32,
-    count: bool,
-) -> Result<Translation, IcedError> {
+/// Whether a block's last instruction leads back to the block or in front of it.
+fn is_loop(insns: &[Insn], start: i64) -> bool {
+    let end = start + insns.iter().map(|i| i64::from(i.len)).sum::<i64>();
+    insns.last().is_some_and(|last| {
+        let branch = matches!(
+            last.raw.flow_control(),
+            FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch
+        );
+        branch && (0..=start).contains(&end.wrapping_add(last.imm as i64))
+    })
+}
+
+/// Translates instructions that begin `start` bytes into their page.
+pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translation, IcedError> {
+    let Manner {
+        first_exit, count, ..
+    } = manner;
+    let windows = !manner.apart && is_loop(insns, start as i64);
     let mut b = Block {
         a: Asm::new(),
-        flags: Flags::Host(None),
+        flags: Flags::Host(manner.recipe),
         cold: Vec::new(),
         late: Vec::new(),
         exits: Vec::new(),
@@ -143,6 +205,19 @@ pub fn translate(
         first_exit,
         start: start as i64,
         word: insns.first().map_or(Word::Quad, Word::of),
+        sharing: if manner.apart {
+            Sharing::none()
+        } else {
+            Sharing::of(insns, start as i64)
+        },
+        addends: Vec::new(),
+        next_window: windows.then_some(manner.window),
+        windows_taken: 0,
+        probes: Vec::new(),
+        probe_calls: Vec::new(),
+        recipes: Vec::new(),
+        fault_exit: None,
+        counted: 0,
     };
     let level = extent::level(insns);
     // JRCXZ reaches only a short way; so these are in front of it.
@@ -177,9 +252,11 @@ pub fn translate(
     let mut at = b.start;
     let mut ended = false;
     let mut counted = 0;
+    let (mut flags_changed, mut wants_recipe) = (false, false);
     for (k, insn) in insns.iter().enumerate() {
         if count && k == counted {
             counted += b.count_run(&insns[k..])?;
+            b.counted = counted;
         }
         let next = at + i64::from(insn.len);
         let site = Site { k, at, next };
@@ -197,13 +274,15 @@ pub fn translate(
                 ended = insn.ends_block;
             }
         }
+        wants_recipe |= b.a.keeps_flags && !flags_changed;
+        flags_changed |= insn.raw.rflags_modified() & simple::STATUS != 0;
         at = next;
     }
     if !ended {
         branch::go_on(&mut b, at)?;
     }
     branch::emit_late(&mut b)?;
-    b.finish(checked, plain, level)
+    b.finish(checked, plain, level, wants_recipe)
 }
 
 /// Instructions up to the next one that may branch away: they are counted together.
@@ -278,6 +357,7 @@ impl Block {
         let exit = self.new_exit(Wish::Interpret {
             insn: site.k,
             resume: None,
+            guarded: self.sharing.spans(site.k),
         });
         self.cold.push(Cold {
             holes,
@@ -312,6 +392,10 @@ impl Block {
 
     /// After the interpreter has carried out the instruction of this exit, go on here.
     pub fn resume_here(&mut self, exit: usize) {
+        if self.fault_exit == Some(exit) {
+            return;
+        }
+        self.a.pointer = None;
         let here = self.a.here();
         if let Some(Wish::Interpret { resume, .. }) = self.exits.get_mut(exit) {
             *resume = Some(here);
@@ -339,10 +423,16 @@ impl Block {
 
     /// The branch at `hole` goes to an offset in the same page.
     pub fn link(&mut self, hole: Hole, offset: i64) {
+        let recipe = self.flags.recipe().map(|recipe| {
+            self.recipes.push(recipe.clone());
+            self.recipes.len() - 1
+        });
         let exit = self.new_exit(Wish::Link {
             hole: hole.0,
             unlinked: 0,
             offset: offset as u64,
+            apart: None,
+            recipe,
         });
         self.cold.push(Cold {
             holes: vec![hole],
@@ -353,12 +443,30 @@ impl Block {
         });
     }
 
+    /// A branch to the translation that shares nothing; it leads behind itself at first.
+    fn go_apart(&mut self, exit: usize, undone: usize) -> Result<(), IcedError> {
+        if undone > 0 {
+            self.a.load(POINTER, slot(Slot::Instructions))?;
+            self.a.lea(POINTER, at(POINTER, -(undone as i64)))?;
+            self.a.store(slot(Slot::Instructions), POINTER)?;
+        }
+        let jump = self.a.jmp();
+        self.a.land(jump);
+        let here = self.a.here();
+        if let Some(Wish::Link { hole, unlinked, .. }) = self.exits.get_mut(exit) {
+            (*hole, *unlinked) = (jump.0, here);
+        }
+        Ok(())
+    }
+
     fn finish(
         mut self,
         checked: usize,
         plain: usize,
         level: Level,
+        wants_recipe: bool,
     ) -> Result<Translation, IcedError> {
+        self.emit_probes()?;
         let mut starts = vec![0; self.exits.len()];
         for cold in std::mem::take(&mut self.cold) {
             let here = self.a.here();
@@ -366,10 +474,17 @@ impl Block {
             for hole in cold.holes {
                 self.a.fill(hole, here);
             }
-            if let Some(Wish::Link { unlinked, .. }) = self.exits.get_mut(cold.exit) {
+            cold.flags.emit_restore(&mut self.a)?;
+            let wish = self.exits.get(cold.exit).copied();
+            if let Some(Wish::Link {
+                apart: Some(undone),
+                ..
+            }) = wish
+            {
+                self.go_apart(cold.exit, undone)?;
+            } else if let Some(Wish::Link { unlinked, .. }) = self.exits.get_mut(cold.exit) {
                 *unlinked = here;
             }
-            cold.flags.emit_restore(&mut self.a)?;
             if let Some(r) = cold.aside {
                 self.a.store(slot(Slot::Operand), r)?;
             }
@@ -389,6 +504,10 @@ impl Block {
             leaves: self.leaves,
             level,
             loads: self.loads,
+            probes: self.probe_calls,
+            windows: self.windows_taken,
+            recipes: self.recipes,
+            wants_recipe,
             accesses: self
                 .accesses
                 .into_iter()

@@ -117,6 +117,8 @@ pub struct Tlb {
     /// Bloom filters of 2 MiB and 1 GiB regions that hold pieces of large pages.
     large: [u64; 64],
     huge: [u64; 4],
+    /// How often level-1 entries were dropped.
+    drops: u64,
     /// Counts refills from level 2 and walks, for the statistics.
     pub l2_hits: u64,
     /// See `l2_hits`.
@@ -150,6 +152,7 @@ impl Default for Tlb {
             by_pcid,
             large: [0; 64],
             huge: [0; 4],
+            drops: 0,
             l2_hits: 0,
             walks: 0,
         }
@@ -262,6 +265,10 @@ impl Tlb {
     pub fn level1(&self) -> u64 {
         self.l1[self.set as usize].as_ptr() as u64
     }
+    /// How often entries of level 1 were dropped for what has happened, not to make room.
+    pub fn drops(&self) -> u64 {
+        self.drops
+    }
     /// The number of the current address space: part of every tag.
     pub fn asn(&self) -> u64 {
         self.asn
@@ -291,6 +298,7 @@ impl Tlb {
         }
     }
     fn flush_data(&mut self) {
+        self.drops += 1;
         for set in self.l1.iter_mut() {
             set.fill(EMPTY);
         }
@@ -302,6 +310,7 @@ impl Tlb {
             self.flush_data();
             return;
         }
+        self.drops += 1;
         let l1 = &mut self.l1;
         self.keyed.retain(|k| {
             let dropped = keys >> k.key & 1 != 0;
@@ -370,6 +379,7 @@ impl Tlb {
         self.huge = [0; 4];
     }
     fn invalidate_piece(&mut self, linear: u64) {
+        self.drops += 1;
         let page = page_of(linear);
         for set in self.l1.iter_mut() {
             let e = &mut set[index(linear, L1)];
@@ -390,6 +400,7 @@ impl Tlb {
     }
     /// Drops the fast write entries of a host page, under every linear address: it now holds code.
     pub fn protect_host_page(&mut self, host_page: u64) {
+        self.drops += 1;
         for set in self.l1[..3].iter_mut() {
             for e in set.iter_mut() {
                 if e.write != INVALID && page_of(e.write).wrapping_add(e.addend) == host_page {

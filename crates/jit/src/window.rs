@@ -1,0 +1,194 @@
+//! Windows: what the checks of a loop found last.
+//!
+//! A check of the TLB's level 1 takes ten instructions, and in a loop most often finds the page it
+//! found the time before. So each check of a loop has a *window* of its own, a range of linear
+//! addresses whose bytes may be accessed and the addend that leads to them, and asks only whether its
+//! bytes begin in there; that is half as long. What is not in the window a function looks up in level 1
+//! ([`probes`]) and makes the window.
+//!
+//! A window is a copy of a TLB entry, so it must not outlive what the entry rests on: all are emptied
+//! when translated code is entered after the TLB dropped something, or for another address space or
+//! other rights ([`Windows::empty_if_changed`]). User and supervisor code have windows of their own.
+
+use anykvm_cpu::translator::{TLB_ADDEND, TLB_INDEX_MASK, TLB_INDEX_SHIFT, TLB_READ, TLB_WRITE};
+use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
+use std::mem::offset_of;
+
+use crate::asm::{Asm, at, shared, slot};
+use crate::memory::Bytes;
+use crate::regs::SCRATCH;
+use crate::shared::{Shared, Slot};
+
+/// Windows of the code of one privilege.
+pub const WINDOWS: usize = 256;
+/// Windows that share a bit of [`Windows::touched`].
+const TOGETHER: usize = 2 * WINDOWS / 64;
+
+/// A range of linear addresses.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(32))]
+pub struct Window {
+    /// Its page.
+    start: u64,
+    /// How many bytes may be the first of those the check is for; 0 if it is empty.
+    limit: u64,
+    /// Host address minus linear address.
+    addend: u64,
+}
+
+/// The windows of a processor.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Windows {
+    /// Supervisor code's, then user code's.
+    all: [Window; 2 * WINDOWS],
+    /// A bit for each [`TOGETHER`] of them: some may not be empty.
+    touched: u64,
+    /// What they rest on: see [`Windows::empty_if_changed`].
+    rest_on: (u64, u64, u64),
+}
+
+impl Windows {
+    /// Empties the windows, unless what they rest on is the same still: the TLB's count of dropped entries,
+    /// the address space, and the rights ([`anykvm_cpu::Cpu::tlb_state`]). True if it did.
+    pub fn empty_if_changed(&mut self, now: (u64, u64, u64)) -> bool {
+        let changed = self.rest_on != now;
+        if changed {
+            self.rest_on = now;
+            let mut touched = std::mem::take(&mut self.touched);
+            while touched != 0 {
+                let n = touched.trailing_zeros() as usize * TOGETHER;
+                self.all[n..n + TOGETHER].fill(Window::default());
+                touched &= touched - 1;
+            }
+        }
+        changed
+    }
+}
+
+/// Offset of a window in [`Shared`].
+fn window(number: u32, field: usize) -> i64 {
+    let first = offset_of!(Shared, windows) + offset_of!(Windows, all);
+    (first + number as usize * size_of::<Window>() + field) as i64
+}
+
+/// The window that is taken behind one: the windows of a privilege are taken in turn.
+pub fn after(number: u32) -> u32 {
+    let all = WINDOWS as u32;
+    number / all * all + (number + 1) % all
+}
+
+/// Where a window's addend is.
+pub fn addend(number: u32) -> i64 {
+    window(number, offset_of!(Window, addend))
+}
+
+/// Emits what asks whether the linear address in R15 is in a window; leaves its distance from the window's
+/// start, which is a page's, there. The branch that is taken if not is JAE.
+pub fn compare(a: &mut Asm, number: u32) -> Result<(), IcedError> {
+    let start = shared(window(number, offset_of!(Window, start)));
+    let limit = shared(window(number, offset_of!(Window, limit)));
+    a.put(&Instruction::with2(Code::Sub_r64_rm64, SCRATCH, start)?)?;
+    a.put(&Instruction::with2(Code::Cmp_r64_rm64, SCRATCH, limit)?)
+}
+
+/// Emits what goes before the call of a probe, behind [`compare`].
+pub fn prepare_probe(a: &mut Asm, number: u32, bytes: &Bytes) -> Result<(), IcedError> {
+    let start = shared(window(number, offset_of!(Window, start)));
+    a.put(&Instruction::with2(Code::Add_r64_rm64, SCRATCH, start)?)?;
+    let what = number << 16 | (bytes.count as u32 - 1);
+    a.put(&Instruction::with2(
+        Code::Mov_r32_imm32,
+        Register::ECX,
+        what,
+    )?)
+}
+
+fn filled(field: usize) -> MemoryOperand {
+    MemoryOperand::new(
+        Register::None,
+        Register::RAX,
+        1,
+        window(0, field),
+        4,
+        false,
+        Register::GS,
+    )
+}
+
+/// Generates the functions that fill a window for reads and for writes; returns their positions.
+///
+/// In: R15 the linear address of the first byte; ECX the number of bytes less one, and from bit 16 the
+/// window's number. Out: ZF if the bytes are in one page of level 1; then R15 is the first one's offset
+/// in the page. They change nothing else but RCX.
+pub fn probes(a: &mut Asm) -> Result<[usize; 2], IcedError> {
+    Ok([probe(a, TLB_READ)?, probe(a, TLB_WRITE)?])
+}
+
+fn probe(a: &mut Asm, tag: i64) -> Result<usize, IcedError> {
+    use Code as C;
+    use Register as R;
+    let here = a.here();
+    let saved = [(Slot::Probe0, R::RAX), (Slot::Probe1, R::RDX)];
+    for (place, r) in saved {
+        a.store(slot(place), r)?;
+    }
+    let what = slot(Slot::Probe2);
+    a.store(what, R::RCX)?;
+    let op = |a: &mut Asm, insn: Result<Instruction, IcedError>| a.put(&insn?);
+    op(a, Instruction::with2(C::Mov_r32_rm32, R::EAX, R::ECX))?;
+    op(a, Instruction::with2(C::Shr_rm32_imm8, R::EAX, 16))?;
+    // The tag of the last byte, and the entry of the first.
+    op(a, Instruction::with2(C::Movzx_r32_rm16, R::EDX, R::CX))?;
+    a.lea(R::RDX, MemoryOperand::with_base_index(R::RDX, SCRATCH))?;
+    op(a, Instruction::with2(C::And_rm64_imm32, R::RDX, -4096i32))?;
+    op(
+        a,
+        Instruction::with2(C::Or_r64_rm64, R::RDX, slot(Slot::Asn)),
+    )?;
+    a.mov(R::RCX, SCRATCH)?;
+    op(
+        a,
+        Instruction::with2(C::Shr_rm64_imm8, R::RCX, TLB_INDEX_SHIFT),
+    )?;
+    op(
+        a,
+        Instruction::with2(C::And_rm32_imm32, R::ECX, TLB_INDEX_MASK),
+    )?;
+    op(
+        a,
+        Instruction::with2(C::Add_r64_rm64, R::RCX, slot(Slot::Level1)),
+    )?;
+    op(
+        a,
+        Instruction::with2(C::Cmp_r64_rm64, R::RDX, at(R::RCX, tag)),
+    )?;
+    let miss = a.jne();
+    a.load(R::RCX, at(R::RCX, TLB_ADDEND))?;
+    let size = size_of::<Window>().trailing_zeros();
+    op(a, Instruction::with2(C::Shl_rm32_imm8, R::EAX, size))?;
+    a.store(filled(offset_of!(Window, addend)), R::RCX)?;
+    op(a, Instruction::with2(C::Movzx_r32_rm16, R::ECX, what))?;
+    // 4095 - n, plus one.
+    op(a, Instruction::with2(C::Xor_rm32_imm32, R::ECX, 0xfff))?;
+    a.lea(R::RCX, at(R::RCX, 1))?;
+    a.store(filled(offset_of!(Window, limit)), R::RCX)?;
+    a.mov(R::RCX, SCRATCH)?;
+    op(a, Instruction::with2(C::And_rm64_imm32, R::RCX, -4096i32))?;
+    a.store(filled(offset_of!(Window, start)), R::RCX)?;
+    let together = size + TOGETHER.trailing_zeros();
+    op(a, Instruction::with2(C::Shr_rm32_imm8, R::EAX, together))?;
+    let touched = shared((offset_of!(Shared, windows) + offset_of!(Windows, touched)) as i64);
+    a.load(R::RDX, touched)?;
+    op(a, Instruction::with2(C::Bts_rm64_r64, R::RDX, R::RAX))?;
+    a.store(touched, R::RDX)?;
+    op(a, Instruction::with2(C::And_rm32_imm32, R::R15D, 0xfff))?;
+    // ZF, for the caller.
+    op(a, Instruction::with2(C::Cmp_r32_rm32, R::EAX, R::EAX))?;
+    a.land(miss);
+    for (place, r) in saved {
+        a.load(r, slot(place))?;
+    }
+    a.put(&Instruction::with(C::Retnq))?;
+    Ok(here)
+}
