@@ -1,7 +1,8 @@
 //! Near branches, calls and returns of the code's own size.
 //!
-//! Inside a page branches are linked directly. Between pages, and for indirect branches, the current
-//! view ([`crate::views`]) is asked; what it does not know the interpreter carries out.
+//! Inside a page branches are linked directly. Direct branches to other pages are linked for one view
+//! ([`crate::views`]), whose number they compare with the current one's. In another view, and for indirect
+//! branches, the view's table is asked; what it does not know the interpreter carries out.
 
 use std::mem::offset_of;
 
@@ -17,12 +18,32 @@ use crate::shared::Slot;
 use crate::translate::{Block, Cold, Done, Site, Wish};
 use crate::views::Jump;
 
-/// A conditional branch to another page, to be carried out behind the block.
+/// A branch to another page, or what is left to do for it, to be emitted behind the block.
 pub(crate) struct Late {
     hole: Hole,
-    to: i64,
-    site: Site,
     flags: Flags,
+    what: What,
+}
+
+enum What {
+    /// All of a conditional branch that is taken.
+    Taken(i64, Site),
+    /// The branch is not linked for this view: its exit is taken if the table does not know the target.
+    /// The flags are released.
+    Jump(i64, Word, usize),
+    /// The same of a call.
+    Call(i64, usize, Site),
+}
+
+/// A branch that leads to another page in one view.
+#[derive(Clone, Copy, Debug)]
+pub struct Crossing {
+    /// Position of the view's number; 0 if there is none.
+    pub guard: usize,
+    /// Position of the branch's displacement.
+    pub hole: usize,
+    /// The target's offset from the page.
+    pub offset: i64,
 }
 
 /// Emits an instruction that branches. `last`: it is the block's last one.
@@ -73,9 +94,8 @@ fn conditional(b: &mut Block, insn: &Insn, site: Site, last: bool) -> Result<Don
     } else {
         b.late.push(Late {
             hole: taken,
-            to,
-            site,
             flags: b.flags.clone(),
+            what: What::Taken(to, site),
         });
     }
     if !last {
@@ -85,12 +105,26 @@ fn conditional(b: &mut Block, insn: &Insn, site: Site, last: bool) -> Result<Don
     Ok(Done::Ends)
 }
 
-/// Emits the branches that were put off.
+/// Emits what was put off.
 pub(crate) fn emit_late(b: &mut Block) -> Result<(), IcedError> {
-    for late in std::mem::take(&mut b.late) {
+    while let Some(late) = b.late.pop() {
         b.a.land(late.hole);
         b.flags = late.flags;
-        go_outside(b, late.to, late.site)?;
+        match late.what {
+            What::Taken(to, site) => go_outside(b, to, site)?,
+            What::Jump(to, word, exit) => {
+                relative(&mut b.a, word, to)?;
+                let miss = look_up(&mut b.a)?;
+                b.lead_to(miss, exit);
+                jump_to_found(b)?;
+            }
+            What::Call(to, exit, site) => {
+                relative(&mut b.a, b.word, to)?;
+                let miss = look_up(&mut b.a)?;
+                b.lead_to(miss, exit);
+                call_found(b, site)?;
+            }
+        }
     }
     Ok(())
 }
@@ -120,10 +154,8 @@ fn go_outside(b: &mut Block, to: i64, site: Site) -> Result<(), IcedError> {
         return Ok(());
     };
     b.flags.release(&mut b.a)?;
-    relative(b, displacement)?;
-    let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
-    jump_to_found(b)
+    let exit = b.leave_from(Vec::new(), site);
+    cross(b, displacement, b.word, exit)
 }
 
 /// Goes on at an offset, in the page or behind it, to which no branch leads.
@@ -133,25 +165,66 @@ pub(crate) fn go_on(b: &mut Block, offset: i64) -> Result<(), IcedError> {
         return b.link_to(offset);
     }
     b.flags.release(&mut b.a)?;
-    // Behind the last byte of 4 GiB there is no wrap: that RIP is beyond every limit.
-    b.a.load(SCRATCH, slot(Slot::Page))?;
-    b.a.lea(SCRATCH, at(SCRATCH, offset))?;
-    let miss = look_up(&mut b.a)?;
     let exit = b.new_exit(Wish::Request);
     b.cold.push(Cold {
-        holes: vec![miss],
+        holes: Vec::new(),
         flags: b.flags.clone(),
         offset,
         exit,
         aside: None,
     });
-    jump_to_found(b)
+    // Behind the last byte of 4 GiB there is no wrap: that RIP is beyond every limit.
+    cross(b, offset, Word::Quad, exit)
+}
+
+/// Goes to an offset in another page. The flags are released; `exit` is taken if nothing is known there.
+/// `word`: the size of the sum.
+fn cross(b: &mut Block, to: i64, word: Word, exit: usize) -> Result<(), IcedError> {
+    let guard = guard(b, What::Jump(to, word, exit))?;
+    change_page(&mut b.a, to)?;
+    b.flags.restore(&mut b.a)?;
+    jump_across(b, guard, to, exit);
+    Ok(())
+}
+
+/// Asks whether the branch is linked for the current view, and puts off what is to be done if not.
+/// Returns the position of the view's number.
+fn guard(b: &mut Block, what: What) -> Result<usize, IcedError> {
+    b.a.put(&Instruction::with2(
+        Code::Cmp_rm32_imm32,
+        slot(Slot::View),
+        0u32,
+    )?)?;
+    let guard = b.a.here() - 4;
+    let hole = b.a.jne();
+    let flags = b.flags.clone();
+    b.late.push(Late { hole, flags, what });
+    Ok(guard)
+}
+
+/// The jump to another page that is linked for one view, and at first for none.
+fn jump_across(b: &mut Block, guard: usize, offset: i64, exit: usize) {
+    let hole = b.a.jmp().0;
+    b.crossings.push((
+        exit,
+        Crossing {
+            guard,
+            hole,
+            offset,
+        },
+    ));
+}
+
+/// The page at this offset becomes the current one.
+fn change_page(a: &mut Asm, offset: i64) -> Result<(), IcedError> {
+    relative(a, Word::Quad, offset & !0xfff)?;
+    a.store(slot(Slot::Page), SCRATCH)
 }
 
 /// Puts the RIP at an offset from the page into R15.
-fn relative(b: &mut Block, offset: i64) -> Result<(), IcedError> {
-    b.a.load(SCRATCH, slot(Slot::Page))?;
-    b.word.lea(&mut b.a, SCRATCH, at(SCRATCH, offset))
+fn relative(a: &mut Asm, word: Word, offset: i64) -> Result<(), IcedError> {
+    a.load(SCRATCH, slot(Slot::Page))?;
+    word.lea(a, SCRATCH, at(SCRATCH, offset))
 }
 
 /// Looks the RIP in R15 up in the current view. Destroys the flags; leaves the address of the view's
@@ -197,7 +270,7 @@ fn push_return(b: &mut Block, site: Site) -> Result<(), IcedError> {
     let word = b.word;
     let checked = b.check_stack(GUEST_RSP, -word.bytes(), Use::Write, site)?;
     let to = b.operand(&checked, word == Word::Double)?;
-    relative(b, site.next)?;
+    relative(&mut b.a, word, site.next)?;
     b.access(&checked);
     word.store(&mut b.a, to, SCRATCH)
 }
@@ -221,14 +294,18 @@ fn call(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
         return Ok(Done::Unsupported);
     };
     b.flags.release(&mut b.a)?;
-    relative(b, displacement)?;
-    call_scratch(b, site)
+    let exit = b.leave_from(Vec::new(), site);
+    let guard = guard(b, What::Call(displacement, exit, site))?;
+    push_return(b, site)?;
+    b.flags.release(&mut b.a)?;
+    change_page(&mut b.a, displacement)?;
+    move_stack(b, -b.word.bytes())?;
+    jump_across(b, guard, displacement, exit);
+    Ok(Done::Ends)
 }
 
-/// Carries out a call to the RIP in R15. What can go wrong with the target comes before the push.
-fn call_scratch(b: &mut Block, site: Site) -> Result<Done, IcedError> {
-    let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
+/// Carries out a call to what [`look_up`] found. What can go wrong with the target comes before the push.
+fn call_found(b: &mut Block, site: Site) -> Result<Done, IcedError> {
     b.a.load(POINTER, found())?;
     b.a.store(slot(Slot::Entry), POINTER)?;
     b.a.store(slot(Slot::Target), SCRATCH)?;
@@ -278,7 +355,9 @@ fn call_indirect(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedErr
     if !load_target(b, insn, site)? {
         return Ok(Done::Unsupported);
     }
-    call_scratch(b, site)
+    let miss = look_up(&mut b.a)?;
+    b.leave_from(vec![miss], site);
+    call_found(b, site)
 }
 
 fn ret(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {

@@ -9,6 +9,7 @@
 use anykvm_cpu::{Cpu, Insn};
 use iced_x86::OpKind;
 
+use crate::legacy::Word;
 use crate::simple;
 use crate::vectors::Level;
 
@@ -29,7 +30,8 @@ pub(crate) fn level(insns: &[Insn]) -> Level {
 /// Whether a translation can go on behind a branch that is not taken.
 fn goes_on(last: &Insn) -> bool {
     let raw = &last.raw;
-    raw.is_jcc_short_or_near() && raw.op0_kind() == OpKind::NearBranch64 && last.imm as i64 > 0
+    let near = matches!(raw.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
+    raw.is_jcc_short_or_near() && near && Word::of(last).sign_extend(last.imm) > 0
 }
 
 /// Appends to a block what is translated together with it.

@@ -93,6 +93,8 @@ pub struct Jit {
     views: Views,
     /// The exit whose branch may be led to the block that runs next.
     pending: Option<u32>,
+    /// The view, the page and, once it is known, the target's RIP of a pending branch to another page.
+    crossed: (u64, u64, u64),
     stats: TranslatorStats,
 }
 
@@ -143,6 +145,7 @@ impl Jit {
             accesses,
             views: Views::default(),
             pending: None,
+            crossed: (0, 0, 0),
             stats: TranslatorStats::default(),
         })
     }
@@ -223,7 +226,8 @@ impl Jit {
         }
         self.stats.blocks += 1;
         self.stats.block_instructions += insns.len() as u64;
-        Some(self.table.insert(
+        let first = self.table.next_exit();
+        let n = self.table.insert(
             place,
             Translated {
                 checked: base + t.checked as u64,
@@ -238,7 +242,9 @@ impl Jit {
             },
             &t.exits,
             base,
-        ))
+        );
+        self.table.insert_crossings(first, &t.crossings, base);
+        Some(n)
     }
 
     /// Forgets all translations.
@@ -270,9 +276,18 @@ impl Jit {
             .collect();
         self.views.remove(&codes);
         for n in changed {
-            for (hole, to) in self.table.remove(n) {
+            let (holes, guards) = self.table.remove(n);
+            for (hole, to) in holes {
                 self.redirect(hole, to);
             }
+            self.unguard(&guards);
+        }
+    }
+
+    /// Branches to other pages are good in no view any more.
+    fn unguard(&mut self, guards: &[u64]) {
+        for guard in guards {
+            self.cache.patch(*guard, 0);
         }
     }
 
@@ -289,12 +304,31 @@ impl Jit {
         let Some(exit) = self.pending.take() else {
             return;
         };
+        if self.table.crosses(exit) {
+            self.cross(exit, n);
+            return;
+        }
         if !self.table.leads_to(exit, n) {
             return;
         }
         let better = self.with_recipe(exit, n, user);
         if let Some((hole, to)) = self.table.link(exit, better.unwrap_or(n)) {
             self.redirect(hole, to);
+        }
+    }
+
+    /// Leads the branch to another page that was left last to this translation, in the current view.
+    fn cross(&mut self, exit: u32, n: u32) {
+        let (view, page, rip) = self.crossed;
+        let (Some(number), Some(origin)) = (self.views.number(), self.table.origin(exit)) else {
+            return;
+        };
+        if u64::from(number) != view || self.views.is_several(origin) {
+            return;
+        }
+        if let Some((crossing, to)) = self.table.cross(exit, n, page, rip) {
+            self.redirect(crossing.hole as u64, to);
+            self.cache.patch(crossing.guard as u64, number as i32);
         }
     }
 
@@ -331,6 +365,8 @@ impl Jit {
         s.level1 = cpu.level1();
         s.go = std::ptr::from_ref(cpu.shared_requests().go());
         s.jumps = self.views.jumps();
+        // 0 is no branch's.
+        s.view = self.views.number().unwrap_or(0).into();
         s.state = &raw mut cpu.state;
         // SAFETY: `enter` is the function `stubs` generated. It and the translation behind `entry` reach
         // the state, the requests word and the TLB, which belong to `cpu` and outlive the call; this
@@ -385,9 +421,10 @@ impl Translator for Jit {
             self.pending = None;
             return cpu.interpret_block(id);
         };
+        let rip = cpu.state.rip();
+        self.crossed.2 = rip;
         self.link(n, cpu.mode().user());
         cpu.shared_requests().rearm();
-        let rip = cpu.state.rip();
         let Some(t) = self.table.get(n) else {
             return Ok(());
         };
@@ -399,6 +436,10 @@ impl Translator for Jit {
             self.views.insert(rip, entry, global, cpu.address_space());
         }
         self.shared.page = rip & !0xfff;
+        if self.views.note(rip, host) {
+            let guards = self.table.uncross(host);
+            self.unguard(&guards);
+        }
         loop {
             if !self.enter(cpu, entry, level) {
                 return Ok(());
@@ -410,6 +451,10 @@ impl Translator for Jit {
             let Some((insns, needs, wish)) = self.table.exit(number) else {
                 return Ok(());
             };
+            if self.table.crosses(number) {
+                self.pending = Some(number);
+                self.crossed = (view, self.shared.page, 0);
+            }
             match wish {
                 Wish::Request => return Ok(()),
                 Wish::Block => {

@@ -62,6 +62,8 @@ pub struct Shared {
     pub whole_asn: [u64; 2],
     /// What a probe of the TLB is given and saves.
     pub probe: [u64; 3],
+    /// The current view's number.
+    pub view: u64,
     /// Addends that accesses of the running block share.
     pub kept: [u64; GROUPS],
     /// See [`crate::window`].
@@ -106,6 +108,7 @@ pub enum Slot {
     Probe0 = 240,
     Probe1 = 248,
     Probe2 = 256,
+    View = 264,
 }
 
 const _: () = {
@@ -119,6 +122,7 @@ const _: () = {
     assert!(offset_of!(Shared, whole_asn) == Slot::WholeFsAsn as usize);
     assert!(offset_of!(Shared, load) == Slot::Load as usize);
     assert!(offset_of!(Shared, probe) == Slot::Probe0 as usize);
+    assert!(offset_of!(Shared, view) == Slot::View as usize);
     assert!(offset_of!(Shared, jumps) == Slot::Jumps as usize);
 };
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anykvm_cpu::Insn;
 
+use crate::branch::Crossing;
 use crate::flags::Recipe;
 use crate::translate::Wish;
 use crate::vectors::Level;
@@ -50,6 +51,8 @@ struct Exit {
     translation: u32,
     /// With absolute addresses for positions.
     wish: Wish,
+    /// The branch to another page that the exit belongs to, with absolute addresses, too.
+    crossing: Option<Crossing>,
     linked: Option<u32>,
 }
 
@@ -140,6 +143,7 @@ impl Table {
             self.exits.push(Exit {
                 translation: n,
                 wish,
+                crossing: None,
                 linked: None,
             });
         }
@@ -228,6 +232,68 @@ impl Table {
         self.exits[exit as usize].linked = Some(to);
         Some((hole as u64, entry))
     }
+    /// Adds the branches to other pages of the translation that was added last, whose first exit has this
+    /// number.
+    pub fn insert_crossings(&mut self, first: u32, crossings: &[(usize, Crossing)], base: u64) {
+        for (exit, c) in crossings {
+            if let Some(e) = self.exits.get_mut(first as usize + exit) {
+                e.crossing = Some(Crossing {
+                    guard: c.guard + base as usize,
+                    hole: c.hole + base as usize,
+                    offset: c.offset,
+                });
+            }
+        }
+    }
+    /// Whether an exit belongs to a branch to another page.
+    pub fn crosses(&self, exit: u32) -> bool {
+        (self.exits.get(exit as usize)).is_some_and(|e| e.crossing.is_some())
+    }
+    /// The host address of the translation an exit belongs to.
+    pub fn origin(&self, exit: u32) -> Option<u64> {
+        let e = self.exits.get(exit as usize)?;
+        Some(self.get(e.translation)?.host)
+    }
+    /// Links a branch to another page, which was taken with its own page at `page`, to the translation
+    /// that runs at `rip`. `None` if that is not where it goes.
+    pub fn cross(&mut self, exit: u32, to: u32, page: u64, rip: u64) -> Option<(Crossing, u64)> {
+        let e = self.exits.get(exit as usize)?;
+        let crossing = e.crossing?;
+        let same_mode = self.modes[e.translation as usize] & !EXTRA == self.modes[to as usize];
+        let there = page.wrapping_add(crossing.offset as u64) == rip;
+        self.get(e.translation)?;
+        if !same_mode || !there {
+            return None;
+        }
+        let before = self.exits[exit as usize].linked.replace(to);
+        if let Some(old) = before
+            && let Some(t) = self.all.get_mut(old as usize)?.as_mut()
+        {
+            t.incoming.retain(|e| *e != exit);
+        }
+        let target = self.all.get_mut(to as usize)?.as_mut()?;
+        target.incoming.push(exit);
+        Some((crossing, target.checked))
+    }
+    /// Unlinks all branches from a page to others; returns where their views' numbers are.
+    pub fn uncross(&mut self, host: u64) -> Vec<u64> {
+        let Some(page) = self.pages.get(&(host & !0xfff)) else {
+            return Vec::new();
+        };
+        let mut guards = Vec::new();
+        for (n, e) in self.exits.iter_mut().enumerate() {
+            if let Some(c) = e.crossing
+                && page.translations.contains(&e.translation)
+                && let Some(to) = e.linked.take()
+            {
+                guards.push(c.guard as u64);
+                if let Some(Some(t)) = self.all.get_mut(to as usize) {
+                    t.incoming.retain(|e| *e != n as u32);
+                }
+            }
+        }
+        guards
+    }
     /// Whether a page's translations have not been compared with memory in a view.
     pub fn page_needs_check(&mut self, host: u64, view: u64) -> bool {
         let Some(page) = self.pages.get_mut(&(host & !0xfff)) else {
@@ -257,10 +323,11 @@ impl Table {
         }
         list
     }
-    /// Removes a translation; returns which displacements must lead where instead.
-    pub fn remove(&mut self, n: u32) -> Vec<(u64, u64)> {
+    /// Removes a translation; returns which displacements must lead where instead, and where the numbers of
+    /// views are that must be 0.
+    pub fn remove(&mut self, n: u32) -> (Vec<(u64, u64)>, Vec<u64>) {
         let Some(t) = self.all.get_mut(n as usize).and_then(Option::take) else {
-            return Vec::new();
+            return Default::default();
         };
         self.behind -= behind(&t);
         let place = (t.host, self.modes[n as usize]);
@@ -271,14 +338,20 @@ impl Table {
             page.translations.retain(|m| *m != n);
         }
         let mut holes = Vec::new();
+        let mut guards = Vec::new();
         for exit in t.incoming {
-            if let Some(e) = self.exits.get_mut(exit as usize)
-                && e.linked.take() == Some(n)
-                && let Wish::Link { hole, unlinked, .. } = e.wish
-            {
+            let Some(e) = self.exits.get_mut(exit as usize) else {
+                continue;
+            };
+            if e.linked.take_if(|to| *to == n).is_none() {
+                continue;
+            }
+            if let Some(c) = e.crossing {
+                guards.push(c.guard as u64);
+            } else if let Wish::Link { hole, unlinked, .. } = e.wish {
                 holes.push((hole as u64, unlinked as u64));
             }
         }
-        holes
+        (holes, guards)
     }
 }

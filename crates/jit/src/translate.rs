@@ -10,7 +10,7 @@ use iced_x86::{FlowControl, IcedError, Instruction, Register};
 
 use crate::access::Probe;
 use crate::asm::{Asm, Hole, at, slot};
-use crate::branch;
+use crate::branch::{self, Crossing};
 use crate::extent;
 use crate::flags::{Flags, Recipe};
 use crate::legacy::Word;
@@ -66,6 +66,8 @@ pub struct Translation {
     pub plain: usize,
     /// The exits, in the order of their numbers.
     pub exits: Vec<Wish>,
+    /// Branches to other pages, with the numbers of their exits.
+    pub crossings: Vec<(usize, Crossing)>,
     /// Jumps to the common way out.
     pub leaves: Vec<Hole>,
     /// The vector registers it needs; the entry points see to it themselves.
@@ -124,6 +126,8 @@ pub(crate) struct Block {
     pub flags: Flags,
     pub cold: Vec<Cold>,
     pub late: Vec<branch::Late>,
+    /// Branches to other pages, and their exits.
+    pub crossings: Vec<(usize, Crossing)>,
     pub exits: Vec<Wish>,
     leaves: Vec<Hole>,
     /// Positions of accesses, and the exits that undo them.
@@ -198,6 +202,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         flags: Flags::Host(manner.recipe),
         cold: Vec::new(),
         late: Vec::new(),
+        crossings: Vec::new(),
         exits: Vec::new(),
         leaves: Vec::new(),
         accesses: Vec::new(),
@@ -374,6 +379,14 @@ impl Block {
         self.accesses.push((position, exit));
     }
 
+    /// A branch, taken with the flags as they were there, leads to an exit.
+    pub fn lead_to(&mut self, hole: Hole, exit: usize) {
+        let cold = self.cold.iter_mut().rev().find(|c| c.exit == exit);
+        if let Some(cold) = cold {
+            cold.holes.push(hole);
+        }
+    }
+
     /// See [`Flags::before_write`]. `exit`: the one in front of the instruction that is to write, if
     /// the block may be resumed behind it.
     pub fn before_write(
@@ -501,6 +514,7 @@ impl Block {
             checked,
             plain,
             exits: self.exits,
+            crossings: self.crossings,
             leaves: self.leaves,
             level,
             loads: self.loads,

@@ -4,8 +4,14 @@
 //! could have changed the code or where it is mapped: together a *view*. Each view has a table of its own,
 //! and translated code is given the current one's, so that an entry need hold nothing but RIP.
 //!
+//! A direct branch to another page is good in one view, and only while its own page has one linear address
+//! there: the target is given relative to that. So the views know the addresses of all pages that code in
+//! them runs from.
+//!
 //! A supervisor's code is mostly in global pages, which no change of the address space touches. So a
 //! supervisor's view is good in all address spaces while only such pages are in it.
+
+use std::collections::{HashMap, HashSet};
 
 use anykvm_cpu::Cpu;
 
@@ -46,6 +52,10 @@ struct View {
     jumps: Box<[Jump]>,
     /// Indices of entries that are not empty.
     used: Vec<u16>,
+    /// The linear address of each host page that code ran from.
+    linear: HashMap<u64, u64>,
+    /// Host pages that code ran from at several.
+    several: HashSet<u64>,
     last: u64,
 }
 
@@ -74,6 +84,8 @@ impl View {
         for i in self.used.drain(..) {
             self.jumps[usize::from(i)] = empty(i.into());
         }
+        self.linear.clear();
+        self.several.clear();
     }
 }
 
@@ -116,6 +128,8 @@ impl Views {
             id: self.ids,
             jumps,
             used,
+            linear: HashMap::new(),
+            several: HashSet::new(),
             last: self.ids,
         };
         if self.all.len() < VIEWS {
@@ -141,6 +155,30 @@ impl Views {
         self.all
             .get(self.current)
             .map_or(std::ptr::null(), |v| v.jumps.as_ptr())
+    }
+
+    /// The current view's number for [`crate::shared::Slot::View`], if it has one there: it must not come
+    /// again.
+    pub fn number(&self) -> Option<u32> {
+        let view = self.all.get(self.current)?;
+        u32::try_from(view.id).ok()
+    }
+
+    /// Whether code of this host page has run at several linear addresses in the current view.
+    pub fn is_several(&self, host: u64) -> bool {
+        self.all
+            .get(self.current)
+            .is_none_or(|v| v.several.contains(&(host & !0xfff)))
+    }
+
+    /// Notes that code at a host address is about to run at this RIP. True if the page has got its second
+    /// linear address by that.
+    pub fn note(&mut self, rip: u64, host: u64) -> bool {
+        let Some(view) = self.all.get_mut(self.current) else {
+            return false;
+        };
+        let (linear, host) = (rip & !0xfff, host & !0xfff);
+        *view.linear.entry(host).or_insert(linear) != linear && view.several.insert(host)
     }
 
     /// Enters a translation into the current view. `global`: RIP's page is the same in all address spaces.

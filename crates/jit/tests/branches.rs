@@ -378,3 +378,89 @@ fn flags_behind_registers_that_are_popped() {
         a.jne(top)
     });
 }
+
+#[test]
+fn a_page_at_two_linear_addresses() {
+    // ALIAS is mapped to FAR's page, whose code calls, jumps and falls into the next page: another one
+    // behind each. In the middle of the loop it moves.
+    const ALIAS: u64 = 0x3_8000;
+    let far = {
+        let mut a = CodeAssembler::new(64).unwrap();
+        let mut over = a.create_label();
+        a.test(cl, 1).unwrap();
+        a.jne(over).unwrap();
+        a.call(FARTHER + 0x10).unwrap();
+        a.jmp(FARTHER + 0x20).unwrap();
+        a.set_label(&mut over).unwrap();
+        a.call(FARTHER + 0x20).unwrap();
+        a.rol(rax, 1).unwrap();
+        a.test(cl, 2).unwrap();
+        a.jne(FARTHER + 0x10).unwrap();
+        a.ret().unwrap();
+        a.assemble(FAR).unwrap()
+    };
+    let prepare = |c: &mut Computer| {
+        c.put(FAR, &far);
+        // Eight bytes that end a page and go on in the next one.
+        c.put(
+            FAR + 0xff8,
+            &[0x48, 0x83, 0xc0, 0x11, 0x48, 0x83, 0xc0, 0x01],
+        );
+        c.put(FARTHER, &adds(9));
+        for (at, n) in [(FARTHER, 3), (ALIAS + 0x1000, 5)] {
+            c.put(at + 0x10, &adds(n));
+            c.put(at + 0x20, &adds(n + 1));
+        }
+        c.put(ALIAS + 0x1000, &adds(13));
+        c.put64(entry(ALIAS), FAR | 7);
+    };
+    same_after(prepare, |a| {
+        let mut top = a.create_label();
+        a.mov(ecx, 64)?;
+        a.mov(ebx, FAR as u32)?;
+        a.mov(r12d, ALIAS as u32)?;
+        a.set_label(&mut top)?;
+        a.call(rbx)?;
+        a.call(r12)?;
+        a.call(FAR)?;
+        a.call(ALIAS)?;
+        a.call(FAR + 0xff8)?;
+        a.call(ALIAS + 0xff8)?;
+        a.test(cl, 7)?;
+        a.cmove(rbx, r12)?;
+        a.shl(rax, 1)?;
+        a.sub(ecx, 1)?;
+        a.jne(top)
+    });
+}
+
+#[test]
+fn a_call_between_pages_whose_stack_faults() {
+    // The interpreter does the push: the stack's page is read-only for the first time, or not there.
+    for bit in [1, 2] {
+        let code = assemble(|a| {
+            let mut top = a.create_label();
+            a.mov(ecx, 9)?;
+            a.set_label(&mut top)?;
+            a.call(FAR)?;
+            a.cmp(ecx, 3)?;
+            a.jne(top)?;
+            a.mov(esp, 0x1_1000)?;
+            a.jmp(top)
+        });
+        let mut ends = [false, true].map(|translated| {
+            let mut c = computer(&code);
+            c.catch_events();
+            c.put(FAR, &[0xff, 0xc9, 0xc3]); // dec ecx; ret
+            c.put64(entry(0x1_0000), (0x1_0000 | 7) & !bit);
+            if translated {
+                translate(&mut c, ALWAYS);
+            }
+            finish(&mut c);
+            c
+        });
+        let [one, two] = &mut ends;
+        assert_eq!(one.frame(), two.frame());
+        compare(one, two);
+    }
+}
