@@ -7,7 +7,7 @@
 //! paging is off. That is how writes nobody told us about (device DMA, a debugger) are noticed
 //! before a guest can expect them to be.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::decode::Insn;
@@ -68,8 +68,9 @@ struct Crossing {
     insn: Insn,
 }
 
-#[derive(Default)]
-struct Mix(u64);
+/// A fast hash of addresses.
+#[derive(Debug, Default)]
+pub struct Mix(u64);
 
 impl Hasher for Mix {
     fn finish(&self) -> u64 {
@@ -101,8 +102,10 @@ pub struct BlockCache {
     epoch: u32,
     /// How often every jump-cache entry was voided.
     flushes: u64,
-    /// Hashes of the linear pages that something was remembered for since then.
-    pages: Box<[u64]>,
+    /// The linear pages that something was remembered for since then.
+    pages: HashSet<u64, BuildHasherDefault<Mix>>,
+    /// Their hashes, because most pages that are asked for are none of them.
+    filter: Box<[u64]>,
     /// Bytes behind the blocks.
     behind: usize,
 }
@@ -122,7 +125,8 @@ impl Default for BlockCache {
             key: 0,
             epoch: 0,
             flushes: 0,
-            pages: vec![0; PAGES as usize / 64].into_boxed_slice(),
+            pages: HashSet::default(),
+            filter: vec![0; PAGES as usize / 64].into_boxed_slice(),
             behind: 0,
         }
     }
@@ -147,9 +151,11 @@ fn crossing_slot(rip: u64) -> usize {
 }
 
 impl BlockCache {
-    /// The mode or the address space changed.
-    pub fn set_mode(&mut self, mode: Mode, asn: u64) {
-        self.key = u64::from(self.epoch) << 32 | asn << 16 | u64::from(mode.bits_packed() & 0xffff);
+    /// The mode or the address space changed. `space` is the address space's number, or 0 if what is
+    /// found holds in all of them.
+    pub fn set_mode(&mut self, mode: Mode, space: u64) {
+        self.key =
+            u64::from(self.epoch) << 32 | space << 16 | u64::from(mode.bits_packed() & 0xffff);
     }
     /// Mode, address space and epoch as one word.
     pub fn key(&self) -> u64 {
@@ -162,7 +168,8 @@ impl BlockCache {
     /// Every jump-cache entry is void.
     pub fn forget_jumps(&mut self) {
         self.flushes += 1;
-        self.pages.fill(0);
+        self.pages.clear();
+        self.filter.fill(0);
         self.epoch = self.epoch.wrapping_add(1);
         if self.epoch == u32::MAX {
             self.epoch = 0;
@@ -174,7 +181,7 @@ impl BlockCache {
     /// nothing.
     pub fn forget_jumps_of_page(&mut self, linear: u64) {
         let (word, bit) = page_bit(linear);
-        if self.pages[word] & bit != 0 {
+        if self.filter[word] & bit != 0 && self.pages.contains(&(linear >> 12)) {
             self.forget_jumps();
         }
     }
@@ -185,9 +192,11 @@ impl BlockCache {
         self.note_page(rip.wrapping_add(PAGE));
         self.key
     }
-    fn note_page(&mut self, linear: u64) {
+    /// Something found in this page is about to be remembered by its linear address.
+    pub fn note_page(&mut self, linear: u64) {
         let (word, bit) = page_bit(linear);
-        self.pages[word] |= bit;
+        self.filter[word] |= bit;
+        self.pages.insert(linear >> 12);
     }
     /// The block at this address, if nothing that could have changed it has happened since.
     #[inline(always)]
@@ -236,7 +245,8 @@ impl BlockCache {
             + self.by_address.capacity() * size_of::<((u64, u32), BlockId)>()
             + size_of_val(&*self.jumps)
             + size_of_val(&*self.crossings)
-            + size_of_val(&*self.pages)
+            + self.pages.capacity() * size_of::<u64>()
+            + size_of_val(&*self.filter)
     }
     /// The block made from this host address in this mode.
     pub fn find(&self, host: u64, mode: Mode) -> Option<BlockId> {

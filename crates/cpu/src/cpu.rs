@@ -72,6 +72,8 @@ pub struct Cpu {
     pub(crate) tlb: Tlb,
     pub(crate) blocks: BlockCache,
     pub(crate) mode: Mode,
+    /// Supervisor code has been found on a page that is not global.
+    pub(crate) local_code: bool,
     pub(crate) stack_code: u8,
     pub(crate) stack_mask: u64,
     pub(crate) fault: Fault,
@@ -130,6 +132,7 @@ impl Cpu {
             tlb: Tlb::default(),
             blocks: BlockCache::default(),
             mode: Mode::default(),
+            local_code: false,
             stack_code: 0,
             stack_mask: 0,
             fault: Fault {
@@ -212,7 +215,7 @@ impl Cpu {
             32 => 0xffff_ffff,
             _ => 0xffff,
         };
-        self.blocks.set_mode(self.mode, self.tlb.asn());
+        self.choose_code_space();
         self.leave = true;
     }
 

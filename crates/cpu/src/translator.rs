@@ -9,6 +9,7 @@ use crate::decode::Insn;
 use crate::exit::Exit;
 use crate::memory::PAGE;
 use crate::memory::access::HostPage;
+use crate::mmu::slow::Fetched;
 use crate::mmu::tlb::layout;
 use crate::requests::Requests;
 use std::sync::Arc;
@@ -61,6 +62,18 @@ pub struct TranslatorStats {
     pub code_bytes: u64,
     /// Bytes of memory the translator holds, code included.
     pub memory_bytes: u64,
+}
+
+/// Code at a RIP.
+#[derive(Clone, Copy, Debug)]
+pub struct Code {
+    /// Its host address.
+    pub host: u64,
+    /// Its page is the same in all address spaces.
+    pub global: bool,
+    /// What [`Cpu::code_checked`] noted for the page last, since its translation was cached for fetches;
+    /// 0 if nothing.
+    pub checked: u64,
 }
 
 impl Cpu {
@@ -153,19 +166,41 @@ impl Cpu {
         Ok(!self.leave && !self.check_events && self.requests.pending() == 0)
     }
 
-    /// Whether the run loop is wanted before the next block.
-    pub fn wanted(&self) -> bool {
-        self.check_events || self.requests.pending() != 0
+    /// Whether the next instruction may be executed without a look at requests and events, and need not
+    /// be executed alone.
+    pub fn may_go_on(&self) -> bool {
+        !self.check_events && self.requests.pending() == 0 && !self.must_step()
+    }
+
+    /// Where the code at RIP is. `None` if it is not in RAM or cannot be fetched, or must not be found by
+    /// RIP alone ([`Cpu::code_stays`]): [`Cpu::block_here`] knows what follows.
+    pub fn code_here(&mut self) -> Option<Code> {
+        let rip = self.state.rip();
+        if !self.cacheable_by_rip() {
+            return None;
+        }
+        let Ok(Fetched::Ram(page)) = self.fetch_page(rip) else {
+            return None;
+        };
+        let user = self.mode.user();
+        self.blocks.note_page(rip);
+        Some(Code {
+            host: page.0 + rip % PAGE,
+            global: self.tlb.exec_is_global(user, rip),
+            checked: self.tlb.exec_note(user, rip),
+        })
+    }
+
+    /// Notes what the translator wants to find in [`Code::checked`].
+    pub fn code_checked(&mut self, note: u64) {
+        let rip = self.state.rip();
+        self.tlb.note_exec(self.mode.user(), rip, note);
     }
 
     /// How often everything that was found by a linear address was voided: by a flush of the TLB, INVLPG
     /// of a page with code, or a new epoch. A change of the address space alone does not count.
     pub fn code_flushes(&self) -> u64 {
         self.blocks.flushes()
-    }
-    /// Whether the page of a linear address is known to be global: the same in all address spaces.
-    pub fn page_is_global(&self, linear: u64) -> bool {
-        self.tlb.is_global(linear)
     }
     /// Changes whenever a store has hit code.
     pub fn code_epoch(&self) -> u64 {

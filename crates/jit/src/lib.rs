@@ -21,6 +21,7 @@ mod legacy;
 mod memory;
 mod plan;
 pub mod regs;
+mod run;
 mod shared;
 mod sharing;
 mod simple;
@@ -37,10 +38,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anykvm_cpu::memory::fault::{self, CodeMap};
-use anykvm_cpu::state::{rflags, seg};
-use anykvm_cpu::translator::{Translator, TranslatorStats};
-use anykvm_cpu::{Cpu, Exit, Insn};
+use anykvm_cpu::memory::fault::CodeMap;
+use anykvm_cpu::translator::TranslatorStats;
+use anykvm_cpu::{Cpu, Insn};
 
 pub use budget::Budget;
 
@@ -49,8 +49,7 @@ use cache::Cache;
 use flags::Recipe;
 use shared::Shared;
 use table::{APART, Table, Translated};
-use translate::{Manner, Wish};
-use vectors::Level;
+use translate::Manner;
 use views::Views;
 
 /// How a [`Jit`] works.
@@ -151,17 +150,16 @@ impl Jit {
     }
 
     /// The translation of a block, made if it is hot.
-    /// `apart`: the one that shares no checks.
+    /// `manner`: [`APART`] for the one that shares no checks, or 0.
     fn translation(
         &mut self,
         cpu: &mut Cpu,
         id: anykvm_cpu::block::BlockId,
-        apart: bool,
+        manner: u32,
     ) -> Option<u32> {
         let mode = cpu.mode();
         let threshold = self.options.threshold;
         let block = cpu.block(id)?;
-        let manner = if apart { APART } else { 0 };
         let place = (block.host, mode.bits_packed() | manner);
         if let Some(n) = self.table.find(place, &block.bytes) {
             return Some(n);
@@ -258,11 +256,8 @@ impl Jit {
         self.stats.flushes += 1;
     }
 
-    /// Checks all translations of a page against memory, if they have not been in this view.
-    fn check_page(&mut self, cpu: &mut Cpu, host: u64, view: u64) {
-        if !self.table.page_needs_check(host, view) {
-            return;
-        }
+    /// Checks all translations of a page against memory.
+    fn check_page(&mut self, cpu: &mut Cpu, host: u64) {
         let changed = self
             .table
             .changed(host, |host, bytes| cpu.code_is(host, bytes));
@@ -270,7 +265,6 @@ impl Jit {
             return;
         }
         self.stats.dropped += changed.len() as u64;
-        self.pending = None;
         let codes: Vec<_> = (changed.iter())
             .filter_map(|n| self.table.get(*n).map(|t| t.checked))
             .collect();
@@ -297,13 +291,9 @@ impl Jit {
         self.cache.patch(hole, displacement);
     }
 
-    /// Leads the branch that was left last to this translation, if it is where it goes.
-    /// Only branches may lead to one that knows how to make the flags: what runs next need not have come
-    /// by this branch.
-    fn link(&mut self, n: u32, user: bool) {
-        let Some(exit) = self.pending.take() else {
-            return;
-        };
+    /// Leads the branch of an exit to a translation, if that is where it goes. Only branches may lead to one
+    /// that knows how to make the flags: what runs next need not have come by this branch.
+    fn link(&mut self, exit: u32, n: u32, user: bool) {
         if self.table.crosses(exit) {
             self.cross(exit, n);
             return;
@@ -341,164 +331,5 @@ impl Jit {
             return Some(n);
         }
         self.make(place, insns, bytes, user, Some(recipe))
-    }
-
-    /// Runs translated code from an entry point that expects these vector registers to be loaded. False if
-    /// it must not use them.
-    fn enter(&mut self, cpu: &mut Cpu, entry: u64, level: Level) -> bool {
-        let s = &mut *self.shared;
-        let available = Level::available(&cpu.state);
-        if level > available {
-            return false;
-        }
-        s.allow = [Level::Sse, Level::Avx, Level::Avx512].map(|l| u64::from(l <= available));
-        s.load = self.loaders[level as usize];
-        s.windows.empty_if_changed(cpu.tlb_state());
-        let f = cpu.state.rflags;
-        s.flags = (f & 0xd5) << 8 | f >> 11 & 1;
-        s.asn = cpu.address_space();
-        s.fs_base = cpu.state.seg[usize::from(seg::FS)].base;
-        s.gs_base = cpu.state.seg[usize::from(seg::GS)].base;
-        if !cpu.mode().code64() {
-            s.whole_asn = [seg::FS, seg::GS].map(|n| legacy::asn_of_segment(cpu, n));
-        }
-        s.level1 = cpu.level1();
-        s.go = std::ptr::from_ref(cpu.shared_requests().go());
-        s.jumps = self.views.jumps();
-        // 0 is no branch's.
-        s.view = self.views.number().unwrap_or(0).into();
-        s.state = &raw mut cpu.state;
-        // SAFETY: `enter` is the function `stubs` generated. It and the translation behind `entry` reach
-        // the state, the requests word and the TLB, which belong to `cpu` and outlive the call; this
-        // area; and guest RAM through TLB entries of the map the processor holds.
-        fault::in_code(&self.accesses, || unsafe {
-            let enter: unsafe extern "sysv64" fn(u64, *mut Shared) =
-                std::mem::transmute(self.enter as *const u8);
-            enter(entry, s);
-        });
-        cpu.state.set_rip(s.rip);
-        cpu.state.rflags = f & !rflags::STATUS | s.flags >> 8 & 0xd5 | (s.flags & 1) << 11;
-        self.stats.entries += 1;
-        true
-    }
-}
-
-impl Translator for Jit {
-    fn stats(&self) -> TranslatorStats {
-        TranslatorStats {
-            code_bytes: self.cache.used() as u64,
-            memory_bytes: (self.cache.touched()
-                + self.table.memory()
-                + self.accesses.memory()
-                + size_of::<Shared>()
-                + self.views.memory()) as u64,
-            ..self.stats
-        }
-    }
-
-    fn run(&mut self, cpu: &mut Cpu) -> Result<(), Exit> {
-        if self.account.is_over() {
-            self.flush();
-            self.cache.shrink();
-        }
-        let Some(id) = cpu.block_here()? else {
-            self.pending = None;
-            return Ok(());
-        };
-        if !cpu.code_stays() || !legacy::translates(cpu.mode()) {
-            self.pending = None;
-            return cpu.interpret_block(id);
-        }
-        let view = self.views.select(cpu);
-        if let Some(host) = cpu.block(id).map(|b| b.host) {
-            self.check_page(cpu, host, view);
-        }
-        let host = cpu.block(id).map_or(0, |b| b.host);
-        let apart = self
-            .pending
-            .is_some_and(|exit| self.table.leads_apart(exit, host));
-        let Some(n) = self.translation(cpu, id, apart) else {
-            self.pending = None;
-            return cpu.interpret_block(id);
-        };
-        let rip = cpu.state.rip();
-        self.crossed.2 = rip;
-        self.link(n, cpu.mode().user());
-        cpu.shared_requests().rearm();
-        let Some(t) = self.table.get(n) else {
-            return Ok(());
-        };
-        let mut entry = t.checked;
-        // The entry point loads what the block needs; places to resume expect it.
-        let mut level = Level::None;
-        if !apart {
-            let global = cpu.page_is_global(rip);
-            self.views.insert(rip, entry, global, cpu.address_space());
-        }
-        self.shared.page = rip & !0xfff;
-        if self.views.note(rip, host) {
-            let guards = self.table.uncross(host);
-            self.unguard(&guards);
-        }
-        loop {
-            if !self.enter(cpu, entry, level) {
-                return Ok(());
-            }
-            // Code that is resumed takes back what was counted before.
-            let counted = std::mem::take(&mut self.shared.instructions);
-            self.stats.executed = self.stats.executed.wrapping_add(counted);
-            let number = self.shared.exit as u32;
-            let Some((insns, needs, wish)) = self.table.exit(number) else {
-                return Ok(());
-            };
-            if self.table.crosses(number) {
-                self.pending = Some(number);
-                self.crossed = (view, self.shared.page, 0);
-            }
-            match wish {
-                Wish::Request => return Ok(()),
-                Wish::Block => {
-                    self.pending = None;
-                    return match cpu.block_here()? {
-                        Some(id) => cpu.interpret_block(id),
-                        None => Ok(()),
-                    };
-                }
-                Wish::Link { .. } => {
-                    self.pending = Some(number);
-                    return Ok(());
-                }
-                Wish::Interpret {
-                    insn,
-                    resume,
-                    guarded,
-                } => {
-                    let rest = if self.options.count {
-                        translate::run_length(insns.get(insn..).unwrap_or_default()) as u64
-                    } else {
-                        0
-                    };
-                    // All of them were counted when the first was reached.
-                    self.stats.executed -= rest;
-                    let Some(insn) = insns.get(insn) else {
-                        return Ok(());
-                    };
-                    self.stats.left += 1;
-                    let go_on = cpu.interpret(insn)?;
-                    let dropped = self.shared.windows.empty_if_changed(cpu.tlb_state());
-                    if guarded && dropped {
-                        return Ok(());
-                    }
-                    match (go_on, resume) {
-                        (true, Some(at)) => {
-                            self.stats.executed += rest.saturating_sub(1);
-                            entry = at as u64;
-                            level = needs;
-                        }
-                        _ => return Ok(()),
-                    }
-                }
-            }
-        }
     }
 }

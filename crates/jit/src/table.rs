@@ -2,9 +2,11 @@
 //! which are dropped when a page's bytes change.
 
 use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 
 use anykvm_cpu::Insn;
+use anykvm_cpu::block::Mix;
 
 use crate::branch::Crossing;
 use crate::flags::Recipe;
@@ -59,21 +61,16 @@ struct Exit {
 #[derive(Debug, Default)]
 struct Page {
     translations: Vec<u32>,
-    /// The views in which they were compared with memory.
-    checked: Vec<u64>,
 }
-
-/// Most checks remembered for a page.
-const CHECKS: usize = 8;
 
 /// See the module's description.
 #[derive(Debug, Default)]
 pub struct Table {
-    by_place: HashMap<Place, u32>,
+    by_place: HashMap<Place, u32, BuildHasherDefault<Mix>>,
     all: Vec<Option<Translated>>,
     modes: Vec<u32>,
     exits: Vec<Exit>,
-    pages: HashMap<u64, Page>,
+    pages: HashMap<u64, Page, BuildHasherDefault<Mix>>,
     /// Bytes behind the translations.
     behind: usize,
     /// What may be known of the flags when a place is entered.
@@ -105,6 +102,14 @@ impl Table {
             + self.modes.capacity() * size_of::<u32>()
             + self.exits.capacity() * size_of::<Exit>()
             + self.pages.capacity() * size_of::<(u64, Page)>()
+    }
+    /// The translation for a place; its page has been checked.
+    pub fn at(&self, place: Place) -> Option<u32> {
+        self.by_place.get(&place).copied()
+    }
+    /// Whether a translation shares no checks.
+    pub fn is_apart(&self, n: u32) -> bool {
+        self.modes.get(n as usize).is_some_and(|m| m & APART != 0)
     }
     /// A translation.
     pub fn get(&self, n: u32) -> Option<&Translated> {
@@ -156,10 +161,10 @@ impl Table {
         n
     }
     /// The instructions of the translation an exit belongs to, the vector registers it needs, and what the exit asks.
-    pub fn exit(&self, number: u32) -> Option<(Arc<[Insn]>, Level, Wish)> {
+    pub fn exit(&self, number: u32) -> Option<(&[Insn], Level, Wish)> {
         let e = self.exits.get(number as usize)?;
         let t = self.get(e.translation)?;
-        Some((t.insns.clone(), t.level, e.wish))
+        Some((&t.insns, t.level, e.wish))
     }
     /// The recipe for the flags behind an exit, and the place of the translation that is to be entered with
     /// it instead of `to`, to which the exit leads. `None` if that one is good.
@@ -293,20 +298,6 @@ impl Table {
             }
         }
         guards
-    }
-    /// Whether a page's translations have not been compared with memory in a view.
-    pub fn page_needs_check(&mut self, host: u64, view: u64) -> bool {
-        let Some(page) = self.pages.get_mut(&(host & !0xfff)) else {
-            return false;
-        };
-        if page.checked.contains(&view) {
-            return false;
-        }
-        if page.checked.len() >= CHECKS {
-            page.checked.remove(0);
-        }
-        page.checked.push(view);
-        true
     }
     /// The translations of a page whose bytes are not what `is` finds.
     pub fn changed(&self, host: u64, mut is: impl FnMut(u64, &[u8]) -> bool) -> Vec<u32> {

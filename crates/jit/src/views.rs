@@ -150,6 +150,12 @@ impl Views {
         oldest
     }
 
+    /// The entry point for a RIP in the current view.
+    pub fn find(&self, rip: u64) -> Option<u64> {
+        let jump = self.all.get(self.current)?.jumps.get(index(rip))?;
+        (jump.rip == rip).then_some(jump.code)
+    }
+
     /// The current view's table, for [`crate::shared::Slot::Jumps`].
     pub fn jumps(&self) -> *const Jump {
         self.all

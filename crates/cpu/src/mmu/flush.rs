@@ -18,7 +18,30 @@ impl Cpu {
     /// what is cached for the PCID stays good.
     pub(crate) fn address_space_changed(&mut self, keep: bool) {
         self.tlb.switch(self.pcid(), keep);
-        self.blocks.set_mode(self.mode, self.tlb.asn());
+        self.space_changed();
+    }
+
+    /// What is found at a RIP holds as long as the translation of the page may be cached: for
+    /// supervisor code on global pages in every address space.
+    pub(crate) fn choose_code_space(&mut self) {
+        let everywhere = !self.mode.user() && !self.local_code;
+        let space = if everywhere { 0 } else { self.tlb.asn() };
+        self.blocks.set_mode(self.mode, space);
+    }
+
+    /// Supervisor code was found on a page that is not global: until everything is flushed supervisor
+    /// code is found anew in each address space.
+    pub(crate) fn note_local_code(&mut self) {
+        self.local_code = true;
+        self.choose_code_space();
+    }
+
+    fn space_changed(&mut self) {
+        if self.tlb.numbers_were_used_up() {
+            self.local_code = false;
+            self.blocks.forget_jumps();
+        }
+        self.choose_code_space();
         self.leave_block();
     }
 
@@ -26,22 +49,21 @@ impl Cpu {
     pub(crate) fn flush_tlb(&mut self) {
         self.tlb.flush_all();
         self.blocks.forget_jumps();
-        self.blocks.set_mode(self.mode, self.tlb.asn());
+        self.local_code = false;
+        self.choose_code_space();
         self.leave_block();
     }
 
     /// Drops every translation but global ones, in all address spaces.
     pub(crate) fn flush_tlb_non_global(&mut self) {
         self.tlb.flush_non_global(self.pcid());
-        self.blocks.set_mode(self.mode, self.tlb.asn());
-        self.leave_block();
+        self.space_changed();
     }
 
     /// Drops the translations of one PCID but global ones.
     pub(crate) fn flush_tlb_pcid(&mut self, pcid: u16) {
         self.tlb.flush_pcid(pcid, pcid == self.pcid());
-        self.blocks.set_mode(self.mode, self.tlb.asn());
-        self.leave_block();
+        self.space_changed();
     }
 
     /// INVLPG: drops the translations of one page, in every address space.

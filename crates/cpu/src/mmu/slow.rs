@@ -320,7 +320,10 @@ impl Cpu {
         match self.map.find(page.gpa) {
             Some(slot) => {
                 let host = slot.host() + (page.gpa - slot.gpa);
-                self.tlb.fill_exec(user, linear, host);
+                self.tlb.fill_exec(user, linear, host, page.global);
+                if !user && !page.global && !self.local_code && self.state.cr0 & cr0::PG != 0 {
+                    self.note_local_code();
+                }
                 Ok(Fetched::Ram(HostPage(host)))
             }
             None => Ok(Fetched::Mmio),

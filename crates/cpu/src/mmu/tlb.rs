@@ -22,7 +22,7 @@ const L2: usize = 8192;
 /// Level-1 entries that are remembered to rest on a protection key.
 const KEYED: usize = 256;
 /// Entries for instruction fetch.
-const EXEC: usize = 256;
+const EXEC: usize = 1024;
 /// A tag nothing compares equal to.
 const INVALID: u64 = u64::MAX;
 /// The number of global pages.
@@ -90,8 +90,11 @@ struct Keyed {
 /// One instruction-fetch entry.
 #[derive(Clone, Copy, Debug)]
 struct ExecEntry {
+    /// The page with the address-space number, or with [`GLOBAL`].
     tag: u64,
     host: u64,
+    /// See [`Tlb::note_exec`].
+    note: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +116,7 @@ pub struct Tlb {
     pub set: Set,
     asn: u64,
     next_asn: u64,
+    used_up: bool,
     by_pcid: Box<[u16; 4096]>,
     /// Bloom filters of 2 MiB and 1 GiB regions that hold pieces of large pages.
     large: [u64; 64],
@@ -143,12 +147,14 @@ impl Default for Tlb {
                 [[ExecEntry {
                     tag: INVALID,
                     host: 0,
+                    note: 0,
                 }; EXEC]; 2],
             ),
             keyed: Vec::with_capacity(KEYED),
             set: Set::default(),
             asn: 1,
             next_asn: 2,
+            used_up: false,
             by_pcid,
             large: [0; 64],
             huge: [0; 4],
@@ -222,14 +228,30 @@ impl Tlb {
     #[inline(always)]
     pub fn exec(&self, user: bool, linear: u64) -> Option<u64> {
         let e = &self.exec[usize::from(user)][index(linear, EXEC)];
-        (e.tag == page_of(linear) | self.asn).then_some(e.host)
+        let page = page_of(linear);
+        (e.tag == page | GLOBAL || e.tag == page | self.asn).then_some(e.host)
+    }
+    /// Whether an instruction-fetch entry says that the page is global.
+    pub fn exec_is_global(&self, user: bool, linear: u64) -> bool {
+        self.exec[usize::from(user)][index(linear, EXEC)].tag == page_of(linear) | GLOBAL
+    }
+    /// What [`Tlb::note_exec`] noted last in the entry for a page, 0 if it was filled since.
+    pub fn exec_note(&self, user: bool, linear: u64) -> u64 {
+        self.exec[usize::from(user)][index(linear, EXEC)].note
+    }
+    /// Notes something in the instruction-fetch entry for a page, if it is there.
+    pub fn note_exec(&mut self, user: bool, linear: u64, note: u64) {
+        if self.exec(user, linear).is_some() {
+            self.exec[usize::from(user)][index(linear, EXEC)].note = note;
+        }
     }
     /// Fills an instruction-fetch entry.
-    pub fn fill_exec(&mut self, user: bool, linear: u64, host_page: u64) {
-        let tag = page_of(linear) | self.asn;
+    pub fn fill_exec(&mut self, user: bool, linear: u64, host_page: u64, global: bool) {
+        let tag = page_of(linear) | if global { GLOBAL } else { self.asn };
         self.exec[usize::from(user)][index(linear, EXEC)] = ExecEntry {
             tag,
             host: host_page,
+            note: 0,
         };
     }
     /// What a walk found for this page earlier.
@@ -241,10 +263,6 @@ impl Tlb {
             return Some(w.page);
         }
         None
-    }
-    /// Whether level 2 knows that this page is global.
-    pub fn is_global(&self, linear: u64) -> bool {
-        self.l2[index(linear, L2)].tag == page_of(linear) | GLOBAL
     }
     /// Remembers a walk.
     pub fn remember(&mut self, linear: u64, page: Page) {
@@ -294,6 +312,7 @@ impl Tlb {
             set.fill(ExecEntry {
                 tag: INVALID,
                 host: 0,
+                note: 0,
             });
         }
     }
@@ -343,9 +362,15 @@ impl Tlb {
         self.by_pcid.fill(0);
         self.switch(current_pcid, false);
     }
+    /// Whether everything has been flushed since the last call, because the numbers were used up and
+    /// begin anew.
+    pub fn numbers_were_used_up(&mut self) -> bool {
+        std::mem::take(&mut self.used_up)
+    }
     fn fresh(&mut self) -> u64 {
         if self.next_asn > LAST_ASN {
             self.flush_all();
+            self.used_up = true;
         }
         let n = self.next_asn;
         self.next_asn += 1;

@@ -1,0 +1,217 @@
+//! Running translated code: from the processor's RIP into it, and what follows when it is left.
+//!
+//! As long as nothing asks for the run loop, what an instruction that was left to the interpreter leads
+//! to is looked up in the current view and entered at once.
+
+use anykvm_cpu::memory::fault;
+use anykvm_cpu::state::{rflags, seg};
+use anykvm_cpu::translator::{Code, Translator, TranslatorStats};
+use anykvm_cpu::{Cpu, Exit};
+
+use crate::Jit;
+use crate::legacy;
+use crate::shared::Shared;
+use crate::table::APART;
+use crate::translate::{self, Wish};
+use crate::vectors::Level;
+
+impl Translator for Jit {
+    fn stats(&self) -> TranslatorStats {
+        TranslatorStats {
+            code_bytes: self.cache.used() as u64,
+            memory_bytes: (self.cache.touched()
+                + self.table.memory()
+                + self.accesses.memory()
+                + size_of::<Shared>()
+                + self.views.memory()) as u64,
+            ..self.stats
+        }
+    }
+
+    fn run(&mut self, cpu: &mut Cpu) -> Result<(), Exit> {
+        if self.account.is_over() {
+            self.flush();
+            self.cache.shrink();
+        }
+        cpu.shared_requests().rearm();
+        loop {
+            let view = self.views.select(cpu);
+            let known = self.views.find(cpu.state.rip());
+            let entry = match known.filter(|_| self.pending.is_none()) {
+                Some(entry) => entry,
+                None => match self.find(cpu)? {
+                    Some(entry) => entry,
+                    None => return Ok(()),
+                },
+            };
+            if !self.run_from(cpu, entry, view)? || !cpu.may_go_on() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Jit {
+    /// The entry point of the translation for RIP, which is entered into the current view. If there is
+    /// none, a block is interpreted, or an instruction that is in none, or a fault made pending.
+    fn find(&mut self, cpu: &mut Cpu) -> Result<Option<u64>, Exit> {
+        let pending = self.pending.take();
+        let mut manner = 0;
+        let code = if legacy::translates(cpu.mode()) {
+            cpu.code_here()
+        } else {
+            None
+        };
+        if let Some(code) = code {
+            let view = self.views.select(cpu);
+            if code.checked != view {
+                self.check_page(cpu, code.host);
+                cpu.code_checked(view);
+            }
+            if pending.is_some_and(|exit| self.table.leads_apart(exit, code.host)) {
+                manner = APART;
+            }
+            let place = (code.host, cpu.mode().bits_packed() | manner);
+            if let Some(n) = self.table.at(place) {
+                return Ok(self.found(cpu, code, n, pending));
+            }
+        }
+        let Some(id) = cpu.block_here()? else {
+            return Ok(None);
+        };
+        if let Some(code) = code
+            && let Some(n) = self.translation(cpu, id, manner)
+        {
+            return Ok(self.found(cpu, code, n, pending));
+        }
+        cpu.interpret_block(id)?;
+        Ok(None)
+    }
+
+    fn found(&mut self, cpu: &Cpu, code: Code, n: u32, pending: Option<u32>) -> Option<u64> {
+        self.views.select(cpu);
+        let rip = cpu.state.rip();
+        if let Some(exit) = pending {
+            self.crossed.2 = rip;
+            self.link(exit, n, cpu.mode().user());
+        }
+        let entry = self.table.get(n)?.checked;
+        if !self.table.is_apart(n) {
+            let space = cpu.address_space();
+            self.views.insert(rip, entry, code.global, space);
+        }
+        if self.views.note(rip, code.host) {
+            let guards = self.table.uncross(code.host);
+            self.unguard(&guards);
+        }
+        Some(entry)
+    }
+
+    /// Runs translated code from an entry point for branches until it is left for something else than an
+    /// instruction behind which it can be entered again. False if the run loop is wanted, or the
+    /// interpreter has run.
+    fn run_from(&mut self, cpu: &mut Cpu, entry: u64, view: u64) -> Result<bool, Exit> {
+        let mut entry = entry;
+        self.shared.page = cpu.state.rip() & !0xfff;
+        // The entry point loads what the block needs; places to resume expect it.
+        let mut level = Level::None;
+        loop {
+            if !self.enter(cpu, entry, level) {
+                return Ok(false);
+            }
+            // Code that is resumed takes back what was counted before.
+            let counted = std::mem::take(&mut self.shared.instructions);
+            self.stats.executed = self.stats.executed.wrapping_add(counted);
+            let number = self.shared.exit as u32;
+            let Some((insns, needs, wish)) = self.table.exit(number) else {
+                return Ok(false);
+            };
+            if self.table.crosses(number) {
+                self.pending = Some(number);
+                self.crossed = (view, self.shared.page, 0);
+            }
+            match wish {
+                Wish::Request => return Ok(false),
+                Wish::Block => {
+                    if let Some(id) = cpu.block_here()? {
+                        cpu.interpret_block(id)?;
+                    }
+                    return Ok(false);
+                }
+                Wish::Link { .. } => {
+                    self.pending = Some(number);
+                    return Ok(true);
+                }
+                Wish::Interpret {
+                    insn,
+                    resume,
+                    guarded,
+                } => {
+                    let rest = if self.options.count {
+                        translate::run_length(insns.get(insn..).unwrap_or_default()) as u64
+                    } else {
+                        0
+                    };
+                    // All of them were counted when the first was reached.
+                    self.stats.executed -= rest;
+                    let Some(insn) = insns.get(insn) else {
+                        return Ok(false);
+                    };
+                    self.stats.left += 1;
+                    let go_on = cpu.interpret(insn)?;
+                    let dropped = self.shared.windows.empty_if_changed(cpu.tlb_state());
+                    if guarded && dropped {
+                        return Ok(true);
+                    }
+                    match (go_on, resume) {
+                        (true, Some(at)) => {
+                            self.stats.executed += rest.saturating_sub(1);
+                            entry = at as u64;
+                            level = needs;
+                        }
+                        _ => return Ok(true),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Runs translated code from an entry point that expects these vector registers to be loaded. False if
+    /// it must not use them.
+    fn enter(&mut self, cpu: &mut Cpu, entry: u64, level: Level) -> bool {
+        let s = &mut *self.shared;
+        let available = Level::available(&cpu.state);
+        if level > available {
+            return false;
+        }
+        s.allow = [Level::Sse, Level::Avx, Level::Avx512].map(|l| u64::from(l <= available));
+        s.load = self.loaders[level as usize];
+        s.windows.empty_if_changed(cpu.tlb_state());
+        let f = cpu.state.rflags;
+        s.flags = (f & 0xd5) << 8 | f >> 11 & 1;
+        s.asn = cpu.address_space();
+        s.fs_base = cpu.state.seg[usize::from(seg::FS)].base;
+        s.gs_base = cpu.state.seg[usize::from(seg::GS)].base;
+        if !cpu.mode().code64() {
+            s.whole_asn = [seg::FS, seg::GS].map(|n| legacy::asn_of_segment(cpu, n));
+        }
+        s.level1 = cpu.level1();
+        s.go = std::ptr::from_ref(cpu.shared_requests().go());
+        s.jumps = self.views.jumps();
+        // 0 is no branch's.
+        s.view = self.views.number().unwrap_or(0).into();
+        s.state = &raw mut cpu.state;
+        // SAFETY: `enter` is the function `stubs` generated. It and the translation behind `entry` reach
+        // the state, the requests word and the TLB, which belong to `cpu` and outlive the call; this
+        // area; and guest RAM through TLB entries of the map the processor holds.
+        fault::in_code(&self.accesses, || unsafe {
+            let enter: unsafe extern "sysv64" fn(u64, *mut Shared) =
+                std::mem::transmute(self.enter as *const u8);
+            enter(entry, s);
+        });
+        cpu.state.set_rip(s.rip);
+        cpu.state.rflags = f & !rflags::STATUS | s.flags >> 8 & 0xd5 | (s.flags & 1) << 11;
+        self.stats.entries += 1;
+        true
+    }
+}
