@@ -26,6 +26,7 @@ mod shared;
 mod sharing;
 mod simple;
 mod stack;
+mod strings;
 mod stubs;
 mod table;
 

@@ -11,7 +11,7 @@ use crate::shared::Slot;
 use crate::sharing::must_be_aligned;
 use crate::translate::{Block, Done, Site};
 use crate::vectors::Level;
-use crate::{divide, stack};
+use crate::{divide, stack, strings};
 
 pub(crate) const STATUS: u32 = RflagsBits::OF
     | RflagsBits::SF
@@ -33,6 +33,11 @@ pub(crate) fn emit(
         M::Pop => stack::pop(b, insn, site),
         M::Leave => stack::leave(b, insn, site),
         M::Div | M::Idiv => divide::emit(b, insn, site),
+        M::Movsb | M::Movsw | M::Movsd | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq
+            if insn.raw.is_string_instruction() =>
+        {
+            strings::emit(b, insn, site)
+        }
         M::Nop
         | M::Endbr64
         | M::Endbr32

@@ -132,6 +132,8 @@ pub(crate) struct Block {
     leaves: Vec<Hole>,
     /// Positions of accesses, and the exits that undo them.
     accesses: Vec<(usize, usize)>,
+    /// Positions of accesses, and where to go on if they fault.
+    resumptions: Vec<(usize, usize)>,
     loads: Vec<(Hole, Level)>,
     first_exit: u32,
     /// Offset of the block's first byte in its page.
@@ -206,6 +208,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         exits: Vec::new(),
         leaves: Vec::new(),
         accesses: Vec::new(),
+        resumptions: Vec::new(),
         loads: Vec::new(),
         first_exit,
         start: start as i64,
@@ -387,6 +390,12 @@ impl Block {
         }
     }
 
+    /// The instruction at a position accesses guest RAM. If it faults, go on at another position, from where
+    /// the block must be left.
+    pub fn resume_fault(&mut self, position: usize, resume: usize) {
+        self.resumptions.push((position, resume));
+    }
+
     /// See [`Flags::before_write`]. `exit`: the one in front of the instruction that is to write, if
     /// the block may be resumed behind it.
     pub fn before_write(
@@ -509,6 +518,10 @@ impl Block {
             let leave = self.a.jmp();
             self.leaves.push(leave);
         }
+        let exits = |(at, exit): (usize, usize)| (at, starts[exit]);
+        let mut accesses: Vec<_> = self.accesses.into_iter().map(exits).collect();
+        accesses.extend(self.resumptions);
+        accesses.sort_unstable();
         Ok(Translation {
             bytes: self.a.into_bytes(),
             checked,
@@ -522,11 +535,7 @@ impl Block {
             windows: self.windows_taken,
             recipes: self.recipes,
             wants_recipe,
-            accesses: self
-                .accesses
-                .into_iter()
-                .map(|(at, exit)| (at, starts[exit]))
-                .collect(),
+            accesses,
         })
     }
 }
