@@ -1,4 +1,4 @@
-//! The project's chores: `cargo xtask demo | test | stress | bench | diff | fuzz | docs`.
+//! The project's chores: `cargo xtask demo | test | stress | selftests | bench | diff | fuzz | docs`.
 
 #![forbid(unsafe_code)]
 
@@ -10,6 +10,7 @@ mod e2e;
 mod fuzz;
 mod guest;
 mod process;
+mod selftests;
 mod work;
 
 use std::path::{Path, PathBuf};
@@ -35,6 +36,8 @@ enum Task {
     Test(e2e::TestArgs),
     /// Run stress-ng on four processors, each stressor for a given time
     Stress(e2e::StressArgs),
+    /// Run KVM's own test programs
+    Selftests(selftests::SelftestArgs),
     /// Measure
     #[command(subcommand)]
     Bench(bench::BenchTask),
@@ -65,6 +68,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => e2e::run(&args),
         Task::Stress(args) => e2e::stress(&args),
+        Task::Selftests(args) => selftests::run(&args),
         Task::Bench(task) => bench::run(&task),
         Task::Diff(args) => diff::run(&args),
         Task::Fuzz(task) => fuzz::run(&task),

@@ -178,7 +178,7 @@ impl Paravirt {
 
 /// What a WRMSR must have in order to be taken: reserved bits clear, and the structure aligned.
 fn valid(index: u32, value: u64) -> bool {
-    let aligned = |align: u64| value & ENABLED == 0 || value & (align - 1) & !ENABLED == 0;
+    let aligned = |align: u64| value & (align - 1) & !ENABLED == 0;
     match index {
         MSR_KVM_STEAL_TIME => aligned(64),
         MSR_KVM_PV_EOI_EN => aligned(4),
@@ -363,6 +363,7 @@ mod tests {
     #[test]
     fn reserved_bits() {
         assert!(!valid(MSR_KVM_STEAL_TIME, 0x21));
+        assert!(!valid(MSR_KVM_STEAL_TIME, 0x20));
         assert!(valid(MSR_KVM_STEAL_TIME, 0x41));
         assert!(!valid(MSR_KVM_PV_EOI_EN, 3));
         assert!(!valid(MSR_KVM_POLL_CONTROL, 2));

@@ -5,9 +5,9 @@
 
 use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 
-use libc::{AT_FDCWD, sigaction as SigAction, sigset_t, stat as Stat, statx as Statx};
+use libc::{AT_FDCWD, pthread_t, sigaction as SigAction, sigset_t, stat as Stat, statx as Statx};
 
-use crate::signals::{self, actions, masks};
+use crate::signals::{self, actions, cancel, masks};
 use crate::{device, files, ioctl as kvm, next};
 
 /// A C function's answer: the value, or -1 and errno.
@@ -48,9 +48,10 @@ macro_rules! interpose {
         ///
         /// # Safety
         /// As the C function.
+        // A handler that it calls may cancel the thread, which unwinds.
         // A test of this crate must not replace the functions of its own process.
         #[cfg_attr(not(test), unsafe(no_mangle))]
-        pub unsafe extern "C" fn $name($($argument: $type),*) -> $ret {
+        pub unsafe extern "C-unwind" fn $name($($argument: $type),*) -> $ret {
             // SAFETY: what the body does with the arguments is what the C function would do.
             unsafe { $body }
         }
@@ -328,6 +329,12 @@ interpose! {
     }
     fn __sysv_signal(signal: c_int, handler: usize) -> usize {
         set_handler(signal, handler, libc::SA_RESETHAND | libc::SA_NODEFER)
+    }
+    fn pthread_cancel(thread: pthread_t) -> c_int {
+        if files::any() {
+            cancel::catch();
+        }
+        next::pthread_cancel(thread)
     }
     fn pthread_sigmask(how: c_int, new: *const sigset_t, old: *mut sigset_t) -> c_int {
         masks::change(next::pthread_sigmask, how, new, old)

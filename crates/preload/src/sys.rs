@@ -57,6 +57,47 @@ pub fn change_signal_mask(how: c_int, mask: KernelSigset) -> KernelSigset {
     old
 }
 
+/// A signal's disposition as the kernel has it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct KernelAction {
+    pub handler: usize,
+    pub flags: u64,
+    pub restorer: usize,
+    pub mask: KernelSigset,
+}
+
+/// rt_sigaction(2): what a signal does now.
+pub fn action(signal: c_int) -> Option<KernelAction> {
+    let mut now = KernelAction {
+        handler: 0,
+        flags: 0,
+        restorer: 0,
+        mask: 0,
+    };
+    let a = [signal as usize, 0, &raw mut now as usize, 8, 0, 0];
+    // SAFETY: writes a live structure of the kernel's layout.
+    let value = unsafe { syscall6(libc::SYS_rt_sigaction, a) };
+    result(value).ok().map(|_| now)
+}
+
+/// rt_sigaction(2): what a signal does from now on.
+///
+/// # Safety
+/// The handler and the restorer must be functions for that.
+pub unsafe fn set_action(signal: c_int, action: &KernelAction) {
+    let a = [
+        signal as usize,
+        std::ptr::from_ref(action) as usize,
+        0,
+        8,
+        0,
+        0,
+    ];
+    // SAFETY: reads a live structure of the kernel's layout; by the caller's promise.
+    unsafe { syscall6(libc::SYS_rt_sigaction, a) };
+}
+
 /// Queues a signal to the calling thread with this siginfo.
 pub fn queue_to_self(signal: c_int, info: &libc::siginfo_t) {
     // SAFETY: the pointer is to a live siginfo_t; a thread may queue any siginfo to itself.

@@ -118,6 +118,12 @@ fn kicks() {
     run("kicks");
 }
 
+/// pthread_cancel of a thread in KVM_RUN.
+#[test]
+fn cancel() {
+    run("cancel");
+}
+
 #[test]
 fn guest_memory() {
     run("guest_memory");

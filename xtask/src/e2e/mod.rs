@@ -140,6 +140,13 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     tests.extend(firmware::tests());
     tests.extend(models::tests());
     tests.extend(stress::tests());
+    tests.push(Test {
+        name: "kvm-selftests".to_owned(),
+        cpus: 2,
+        limit: Duration::from_secs(20 * 60),
+        needs: Needs::Guest,
+        body: Box::new(|bench, _| crate::selftests::short(&bench.anykvm)),
+    });
     tests.retain(|test| {
         args.filters.is_empty() || args.filters.iter().any(|filter| test.name.contains(filter))
     });

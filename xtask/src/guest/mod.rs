@@ -98,6 +98,32 @@ pub fn packages(name: &str, packages: &[&str]) -> Result<PathBuf> {
     Ok(tree)
 }
 
+/// The part of Debian's kernel source that KVM's own tests are built from.
+pub fn selftest_source() -> Result<PathBuf> {
+    const PARTS: [&str; 3] = ["tools", "arch/x86/include", "scripts"];
+    let folder = cache_folder().join("selftests");
+    if folder.exists() {
+        return Ok(folder);
+    }
+    let package = apt::dependency("linux-source", "linux-source-")?;
+    let scratch = folder.with_extension(format!("new.{}", std::process::id()));
+    apt::unpack(&package, &scratch)?;
+    progress("unpacking the kernel's source");
+    let tree = scratch.join("tree");
+    fs::create_dir_all(&tree).with_context(|| tree.display().to_string())?;
+    apt::run(
+        Command::new("tar")
+            .args(["--strip-components=1", "-xJf"])
+            .arg(scratch.join(format!("usr/src/{package}.tar.xz")))
+            .arg("-C")
+            .arg(&tree)
+            .args(PARTS.map(|part| format!("{package}/{part}"))),
+    )?;
+    fs::rename(&tree, &folder).with_context(|| folder.display().to_string())?;
+    fs::remove_dir_all(&scratch).with_context(|| scratch.display().to_string())?;
+    Ok(folder)
+}
+
 fn cache_folder() -> PathBuf {
     match std::env::var_os("ANYKVM_CACHE") {
         Some(folder) => PathBuf::from(folder),

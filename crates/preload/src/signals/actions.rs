@@ -16,7 +16,9 @@ const LAST: c_int = 64;
 const OURS: KernelSigset = bit(libc::SIGSEGV) | bit(libc::SIGBUS);
 
 /// A three-argument signal handler. The kernel passes all three to one-argument handlers too.
-pub type Handler = unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
+///
+/// It may unwind: cancelling a thread does that.
+pub type Handler = unsafe extern "C-unwind" fn(c_int, *mut libc::siginfo_t, *mut c_void);
 
 /// A handler as the program installed it.
 #[derive(Clone, Copy)]
@@ -223,6 +225,15 @@ pub fn take_over() {
 }
 
 impl Action {
+    /// A handler with its flags and the signals blocked during it.
+    pub fn new(handler: usize, flags: c_int, mask: KernelSigset) -> Self {
+        Self {
+            handler,
+            flags,
+            mask,
+        }
+    }
+
     fn of(action: &libc::sigaction) -> Self {
         Self {
             handler: action.sa_sigaction,
@@ -239,6 +250,15 @@ impl Action {
 
     fn is_handler(&self) -> bool {
         self.handler != libc::SIG_DFL && self.handler != libc::SIG_IGN
+    }
+}
+
+/// Keeps a handler that sigaction does not show, and has ours put in front of it.
+pub fn stand_in_front(signal: c_int, theirs: Action, install_ours: impl FnOnce()) {
+    let lock = Lock::take();
+    if let Some(entry) = entry(signal) {
+        entry.write(&lock, &theirs);
+        install_ours();
     }
 }
 

@@ -23,6 +23,7 @@
 //! its signal blocked would kill the process.
 
 pub mod actions;
+pub mod cancel;
 mod context;
 pub mod masks;
 
@@ -191,7 +192,7 @@ pub fn deliver() {
 }
 
 /// The handler that the kernel knows.
-extern "C" fn catch(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+extern "C-unwind" fn catch(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     let ucontext = context.cast::<libc::ucontext_t>();
     // SAFETY: the kernel passes valid pointers to a handler installed with SA_SIGINFO.
     let (code, frame) = unsafe { ((*info).si_code, &mut *ucontext) };
