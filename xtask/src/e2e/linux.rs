@@ -25,6 +25,7 @@ pub fn tests() -> Vec<Test> {
         test("linux-compat-intel", 1, |bench, test| {
             compat(bench, test, "GenuineIntel")
         }),
+        test("linux-rewrite", 2, rewrite),
         test("linux-kexec", 2, kexec),
         test("linux-hotplug", 2, hotplug),
         test("linux-sleep", 2, sleep),
@@ -93,6 +94,26 @@ fn compat(bench: &Bench, test: &Test, vendor: &str) -> Result<()> {
     console.require_done("compat")?;
     console.require("compat", "passed")?;
     console.require("vendor", vendor)
+}
+
+/// Code that changes, in a program and in the kernel: function tracing, probes, static branches, modules.
+fn rewrite(bench: &Bench, test: &Test) -> Result<()> {
+    let mut overlay = Overlay::new(bench.guest());
+    overlay.compiled("rewrite", 64)?;
+    let initrd = overlay.write(&bench.file(test, "cpio"))?;
+    let mut command = machine(bench, "q35", "2", &initrd, "anykvm.task=rewrite");
+    let outcome = qemu::run(bench, test, command.args(SERIAL))?;
+    let console = Console(&outcome.output);
+    console.require_done("rewrite")?;
+    require_sound(&console, test.cpus)?;
+    console.require("rewrite", "passed")?;
+    if console.value("trace functions")? == "0" {
+        bail!("the function tracer saw nothing");
+    }
+    for (what, wanted) in [("probes", "20"), ("wrong", "0"), ("events", "15")] {
+        console.require(&format!("trace {what}"), wanted)?;
+    }
+    console.require("modules", "10")
 }
 
 /// Three kernels in one machine: the second is placed by kexec-tools and kexec_load, the third by
