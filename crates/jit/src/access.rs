@@ -130,7 +130,6 @@ impl Block {
         self.flags.release_by_scratch(&mut self.a)?;
         let exit = self.leave_from(Vec::new(), site);
         self.check_window(address, bytes, number, self.cold.len() - 1)?;
-        self.a.load(POINTER, shared(window::addend(number)))?;
         Ok(Checked {
             address: *address,
             addend: None,
@@ -180,9 +179,7 @@ impl Block {
         let place = match self.new_window() {
             Some(n) => {
                 self.check_window(address, bytes, n, fail)?;
-                let place = window::addend(n);
-                self.a.load(POINTER, shared(place))?;
-                place
+                window::addend(n)
             }
             None => {
                 let misses = memory::check(&mut self.a, address, bytes)?;
@@ -215,6 +212,7 @@ impl Block {
         self.cold.len() - 1
     }
 
+    /// Emits a check by a window; leaves the addend in RCX.
     fn check_window(
         &mut self,
         address: &Address,
@@ -226,6 +224,7 @@ impl Block {
         window::compare(&mut self.a, number)?;
         // Not below the limit.
         let from = self.a.jcc(3);
+        self.a.load(POINTER, shared(window::addend(number)))?;
         self.probes.push(Probe {
             from,
             back: self.a.here(),

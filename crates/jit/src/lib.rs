@@ -230,6 +230,7 @@ impl Jit {
             place,
             Translated {
                 checked: base + t.checked as u64,
+                warm: base + t.warm as u64,
                 plain: base + t.plain as u64,
                 insns,
                 bytes,

@@ -159,7 +159,8 @@ impl Jit {
                     };
                     self.stats.left += 1;
                     let go_on = cpu.interpret(insn)?;
-                    let dropped = self.shared.windows.empty_if_changed(cpu.tlb_state());
+                    let (user, now) = (cpu.mode().user(), cpu.tlb_state());
+                    let dropped = self.shared.windows.empty_if_changed(user, now);
                     if guarded && dropped {
                         return Ok(true);
                     }
@@ -186,7 +187,8 @@ impl Jit {
         }
         s.allow = [Level::Sse, Level::Avx, Level::Avx512].map(|l| u64::from(l <= available));
         s.load = self.loaders[level as usize];
-        s.windows.empty_if_changed(cpu.tlb_state());
+        s.windows
+            .empty_if_changed(cpu.mode().user(), cpu.tlb_state());
         let f = cpu.state.rflags;
         s.flags = (f & 0xd5) << 8 | f >> 11 & 1;
         s.asn = cpu.address_space();

@@ -18,6 +18,8 @@ use crate::vectors::Level;
 pub struct Translated {
     /// Entry point that looks at requests first.
     pub checked: u64,
+    /// The same where the vector registers it needs are in the host's.
+    pub warm: u64,
     /// Entry point for linked branches that lead forward.
     pub plain: u64,
     /// The guest's instructions.
@@ -225,13 +227,14 @@ impl Table {
         let Wish::Link { hole, .. } = e.wish else {
             return None;
         };
-        let from = self.get(e.translation)?.host;
+        let from = self.get(e.translation)?;
+        let (from, level) = (from.host, from.level);
         let target = self.all.get_mut(to as usize)?.as_mut()?;
         // Each loop of linked branches has one that does not lead forward.
-        let entry = if target.host > from {
-            target.plain
-        } else {
-            target.checked
+        let entry = match (level >= target.level, target.host > from) {
+            (true, true) => target.plain,
+            (true, false) => target.warm,
+            (false, _) => target.checked,
         };
         target.incoming.push(exit);
         self.exits[exit as usize].linked = Some(to);

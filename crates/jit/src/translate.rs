@@ -62,7 +62,9 @@ pub struct Translation {
     pub bytes: Vec<u8>,
     /// Entry point that looks at requests first.
     pub checked: usize,
-    /// Entry point for branches that cannot close a loop.
+    /// The same where the vector registers it needs are in the host's.
+    pub warm: usize,
+    /// The same again for branches that cannot close a loop: nothing is looked at.
     pub plain: usize,
     /// The exits, in the order of their numbers.
     pub exits: Vec<Wish>,
@@ -232,14 +234,6 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
     let load = b.vector_loader(level)?;
     let island = b.a.jmp();
     let checked = b.a.here();
-    b.a.load(POINTER, slot(Slot::Go))?;
-    b.a.put(&Instruction::with2(
-        iced_x86::Code::Mov_r32_rm32,
-        Register::ECX,
-        at(POINTER, 0),
-    )?)?;
-    b.a.jrcxz_back(island.0 - 1);
-    let plain = b.a.here();
     if level != Level::None {
         b.a.load(POINTER, slot(level.live()))?;
         b.a.jrcxz_back(load.start);
@@ -248,6 +242,15 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
             b.a.fill(back, here);
         }
     }
+    let warm = b.a.here();
+    b.a.load(POINTER, slot(Slot::Go))?;
+    b.a.put(&Instruction::with2(
+        iced_x86::Code::Mov_r32_rm32,
+        Register::ECX,
+        at(POINTER, 0),
+    )?)?;
+    b.a.jrcxz_back(island.0 - 1);
+    let entries = [checked, warm, b.a.here()];
     let exit = b.new_exit(Wish::Request);
     b.cold.push(Cold {
         holes: vec![island],
@@ -290,7 +293,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         branch::go_on(&mut b, at)?;
     }
     branch::emit_late(&mut b)?;
-    b.finish(checked, plain, level, wants_recipe)
+    b.finish(entries, level, wants_recipe)
 }
 
 /// Instructions up to the next one that may branch away: they are counted together.
@@ -483,8 +486,7 @@ impl Block {
 
     fn finish(
         mut self,
-        checked: usize,
-        plain: usize,
+        entries: [usize; 3],
         level: Level,
         wants_recipe: bool,
     ) -> Result<Translation, IcedError> {
@@ -524,8 +526,9 @@ impl Block {
         accesses.sort_unstable();
         Ok(Translation {
             bytes: self.a.into_bytes(),
-            checked,
-            plain,
+            checked: entries[0],
+            warm: entries[1],
+            plain: entries[2],
             exits: self.exits,
             crossings: self.crossings,
             leaves: self.leaves,

@@ -22,7 +22,7 @@ use crate::shared::{Shared, Slot};
 /// Windows of the code of one privilege.
 pub const WINDOWS: usize = 256;
 /// Windows that share a bit of [`Windows::touched`].
-const TOGETHER: usize = 2 * WINDOWS / 64;
+const TOGETHER: usize = WINDOWS / 64;
 
 /// A range of linear addresses.
 #[derive(Clone, Copy, Debug, Default)]
@@ -42,23 +42,25 @@ pub struct Window {
 pub struct Windows {
     /// Supervisor code's, then user code's.
     all: [Window; 2 * WINDOWS],
-    /// A bit for each [`TOGETHER`] of them: some may not be empty.
-    touched: u64,
+    /// For each privilege a bit for each [`TOGETHER`] of its windows: some may not be empty.
+    touched: [u64; 2],
     /// What they rest on: see [`Windows::empty_if_changed`].
-    rest_on: (u64, u64, u64),
+    rest_on: [(u64, u64, u64); 2],
 }
 
 impl Windows {
-    /// Empties the windows, unless what they rest on is the same still: the TLB's count of dropped entries,
-    /// the address space, and the rights ([`anykvm_cpu::Cpu::tlb_state`]). True if it did.
-    pub fn empty_if_changed(&mut self, now: (u64, u64, u64)) -> bool {
-        let changed = self.rest_on != now;
+    /// Empties the windows of code of a privilege, unless what they rest on is the same still: the TLB's
+    /// count of dropped entries, the address space, and the rights ([`anykvm_cpu::Cpu::tlb_state`]). True
+    /// if it did.
+    pub fn empty_if_changed(&mut self, user: bool, now: (u64, u64, u64)) -> bool {
+        let n = usize::from(user);
+        let changed = self.rest_on[n] != now;
         if changed {
-            self.rest_on = now;
-            let mut touched = std::mem::take(&mut self.touched);
+            self.rest_on[n] = now;
+            let mut touched = std::mem::take(&mut self.touched[n]);
             while touched != 0 {
-                let n = touched.trailing_zeros() as usize * TOGETHER;
-                self.all[n..n + TOGETHER].fill(Window::default());
+                let first = n * WINDOWS + touched.trailing_zeros() as usize * TOGETHER;
+                self.all[first..first + TOGETHER].fill(Window::default());
                 touched &= touched - 1;
             }
         }
@@ -120,7 +122,7 @@ fn filled(field: usize) -> MemoryOperand {
 ///
 /// In: R15 the linear address of the first byte; ECX the number of bytes less one, and from bit 16 the
 /// window's number. Out: ZF if the bytes are in one page of level 1; then R15 is the first one's offset
-/// in the page. They change nothing else but RCX.
+/// in the page, and RCX the addend. They change nothing else.
 pub fn probes(a: &mut Asm) -> Result<[usize; 2], IcedError> {
     Ok([probe(a, TLB_READ)?, probe(a, TLB_WRITE)?])
 }
@@ -164,24 +166,23 @@ fn probe(a: &mut Asm, tag: i64) -> Result<usize, IcedError> {
         Instruction::with2(C::Cmp_r64_rm64, R::RDX, at(R::RCX, tag)),
     )?;
     let miss = a.jne();
-    a.load(R::RCX, at(R::RCX, TLB_ADDEND))?;
     let size = size_of::<Window>().trailing_zeros();
     op(a, Instruction::with2(C::Shl_rm32_imm8, R::EAX, size))?;
-    a.store(filled(offset_of!(Window, addend)), R::RCX)?;
-    op(a, Instruction::with2(C::Movzx_r32_rm16, R::ECX, what))?;
+    op(a, Instruction::with2(C::Movzx_r32_rm16, R::EDX, what))?;
     // 4095 - n, plus one.
-    op(a, Instruction::with2(C::Xor_rm32_imm32, R::ECX, 0xfff))?;
-    a.lea(R::RCX, at(R::RCX, 1))?;
-    a.store(filled(offset_of!(Window, limit)), R::RCX)?;
-    a.mov(R::RCX, SCRATCH)?;
-    op(a, Instruction::with2(C::And_rm64_imm32, R::RCX, -4096i32))?;
-    a.store(filled(offset_of!(Window, start)), R::RCX)?;
+    op(a, Instruction::with2(C::Xor_rm32_imm32, R::EDX, 0xfff))?;
+    a.lea(R::RDX, at(R::RDX, 1))?;
+    a.store(filled(offset_of!(Window, limit)), R::RDX)?;
+    a.mov(R::RDX, SCRATCH)?;
+    op(a, Instruction::with2(C::And_rm64_imm32, R::RDX, -4096i32))?;
+    a.store(filled(offset_of!(Window, start)), R::RDX)?;
+    a.load(R::RCX, at(R::RCX, TLB_ADDEND))?;
+    a.store(filled(offset_of!(Window, addend)), R::RCX)?;
     let together = size + TOGETHER.trailing_zeros();
     op(a, Instruction::with2(C::Shr_rm32_imm8, R::EAX, together))?;
-    let touched = shared((offset_of!(Shared, windows) + offset_of!(Windows, touched)) as i64);
-    a.load(R::RDX, touched)?;
-    op(a, Instruction::with2(C::Bts_rm64_r64, R::RDX, R::RAX))?;
-    a.store(touched, R::RDX)?;
+    let touched = (offset_of!(Shared, windows) + offset_of!(Windows, touched)) as i64;
+    let bit = MemoryOperand::new(R::None, R::None, 1, touched, 8, false, R::GS);
+    op(a, Instruction::with2(C::Bts_rm64_r64, bit, R::RAX))?;
     op(a, Instruction::with2(C::And_rm32_imm32, R::R15D, 0xfff))?;
     // ZF, for the caller.
     op(a, Instruction::with2(C::Cmp_r32_rm32, R::EAX, R::EAX))?;
