@@ -123,7 +123,9 @@ impl Jit {
             ));
         }
         let mut account = Account::open(budget);
-        let mut cache = Cache::new(budget.limit())?;
+        let mut cache = Cache::new(budget.limit()).map_err(|e| {
+            io::Error::new(e.kind(), format!("no executable memory can be had: {e}"))
+        })?;
         let stubs = stubs::stubs().map_err(io::Error::other)?;
         let base = Some(Cache::room(stubs.bytes.len()))
             .filter(|room| account.take(*room))

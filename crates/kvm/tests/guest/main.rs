@@ -6,6 +6,7 @@ mod interrupts;
 mod io;
 mod memory;
 mod msrs;
+mod translation;
 
 use anykvm::bindings::{kvm_regs, kvm_userspace_memory_region};
 use anykvm::{Kvm, VcpuFd, VmFd};
