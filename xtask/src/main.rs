@@ -11,7 +11,6 @@ mod fuzz;
 mod guest;
 mod process;
 mod selftests;
-mod work;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -38,9 +37,8 @@ enum Task {
     Stress(e2e::StressArgs),
     /// Run KVM's own test programs
     Selftests(selftests::SelftestArgs),
-    /// Measure
-    #[command(subcommand)]
-    Bench(bench::BenchTask),
+    /// Measure; without a word what, everything, and write docs/benchmarks.md and docs/benchmarks.svg
+    Bench(bench::BenchArgs),
     /// Compare random instructions with the host's processor
     Diff(diff::DiffArgs),
     /// Look for guests that the processor cannot stand
@@ -69,7 +67,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Test(args) => e2e::run(&args),
         Task::Stress(args) => e2e::stress(&args),
         Task::Selftests(args) => selftests::run(&args),
-        Task::Bench(task) => bench::run(&task),
+        Task::Bench(args) => bench::run(&args),
         Task::Diff(args) => diff::run(&args),
         Task::Fuzz(task) => fuzz::run(&task),
         Task::Docs => build::docs(),
