@@ -30,20 +30,30 @@ pub fn release(packages: &[&str]) -> Result<()> {
 
 /// Has the test of the pages that are made from the code write them.
 pub fn docs() -> Result<ExitCode> {
-    let mut command = cargo();
-    command
-        .args([
-            "test",
-            "--quiet",
-            "--package",
-            "anykvm",
-            "--lib",
-            "processor_page",
-        ])
-        .env("ANYKVM_WRITE_DOCS", "1");
-    let status = command.status().context("cannot start cargo")?;
+    written_by_a_test(
+        &["--package", "anykvm", "--lib", "processor_page"],
+        "ANYKVM_WRITE_DOCS",
+    )
+}
+
+/// Has the test of the listings of translated code write them.
+pub fn golden() -> Result<ExitCode> {
+    written_by_a_test(
+        &["--package", "anykvm-jit", "--test", "golden"],
+        "ANYKVM_WRITE_GOLDEN",
+    )
+}
+
+/// Runs a test that writes the files it otherwise compares when a variable is set.
+fn written_by_a_test(which: &[&str], variable: &str) -> Result<ExitCode> {
+    let status = cargo()
+        .args(["test", "--quiet"])
+        .args(which)
+        .env(variable, "1")
+        .status()
+        .context("cannot start cargo")?;
     if !status.success() {
-        bail!("docs/processor.md was not written");
+        bail!("the files were not written");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,4 +1,5 @@
-//! The project's chores: `cargo xtask demo | test | stress | selftests | bench | diff | fuzz | docs`.
+//! The project's chores: `cargo xtask demo | test | stress | selftests | bench | diff | fuzz | docs |
+//! golden`.
 
 #![forbid(unsafe_code)]
 
@@ -46,6 +47,8 @@ enum Task {
     Fuzz(fuzz::FuzzTask),
     /// Bring the tables of docs/processor.md up to date
     Docs,
+    /// Bring the listings of translated code in crates/jit/tests/golden up to date
+    Golden,
     /// Prepare the test guest and print where it is
     Guest,
 }
@@ -71,6 +74,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Diff(args) => diff::run(&args),
         Task::Fuzz(task) => fuzz::run(&task),
         Task::Docs => build::docs(),
+        Task::Golden => build::golden(),
         Task::Guest => {
             let guest = guest::Guest::prepare()?;
             println!("kernel     {}", guest.kernel.display());

@@ -1,6 +1,7 @@
 //! Options about the translation of guest code, which `anykvm boot` gives to its VM and `anykvm run`
 //! to the command's, through the environment.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use anykvm::{Translation, TranslationMode, cache_size};
@@ -16,6 +17,11 @@ pub struct JitArgs {
     /// Limit of a VM's translated code: 64M, not less than 1M
     #[arg(long, value_name = "SIZE", value_parser = cache_size)]
     jit_cache: Option<usize>,
+
+    /// List the hottest blocks of guest code in this file, with what they were translated to; FILE.1 and
+    /// so on for further processors
+    #[arg(long, value_name = "FILE")]
+    jit_report: Option<PathBuf>,
 }
 
 impl JitArgs {
@@ -24,6 +30,7 @@ impl JitArgs {
         let mut how = Translation::from_env()?;
         how.mode = self.jit.unwrap_or(how.mode);
         how.cache = self.jit_cache.unwrap_or(how.cache);
+        how.report = self.jit_report.clone().or(how.report);
         Ok(how)
     }
 
@@ -34,6 +41,9 @@ impl JitArgs {
         }
         if let Some(size) = self.jit_cache {
             command.env("ANYKVM_JIT_CACHE", size.to_string());
+        }
+        if let Some(path) = &self.jit_report {
+            command.env("ANYKVM_JIT_REPORT", path);
         }
     }
 }

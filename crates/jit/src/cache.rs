@@ -108,6 +108,19 @@ impl Cache {
             self.touched = self.used;
         }
     }
+    /// Code at an executable address; nothing if it is not in the cache.
+    pub fn read(&self, at: u64, len: usize) -> Vec<u8> {
+        let offset = at.wrapping_sub(self.exec as u64) as usize;
+        let mut code = vec![0; len];
+        if offset.checked_add(len).is_none_or(|end| end > self.size) {
+            return Vec::new();
+        }
+        // SAFETY: inside the mapping, as just checked; only this value writes to it.
+        unsafe {
+            ptr::copy_nonoverlapping(self.write.cast::<u8>().add(offset), code.as_mut_ptr(), len);
+        }
+        code
+    }
     /// Writes a branch displacement at an executable address. False if it is not in the cache.
     pub fn patch(&mut self, at: u64, displacement: i32) -> bool {
         let offset = at.wrapping_sub(self.exec as u64) as usize;

@@ -18,8 +18,10 @@ mod divide;
 mod extent;
 mod flags;
 mod legacy;
+pub mod listing;
 mod memory;
 mod plan;
+mod profile;
 pub mod regs;
 mod run;
 mod shared;
@@ -35,6 +37,7 @@ mod vectors;
 mod views;
 mod window;
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
@@ -48,6 +51,7 @@ pub use budget::Budget;
 use budget::Account;
 use cache::Cache;
 use flags::Recipe;
+use profile::Profile;
 use shared::Shared;
 use table::{APART, Table, Translated};
 use translate::Manner;
@@ -91,6 +95,7 @@ pub struct Jit {
     table: Table,
     accesses: CodeMap,
     views: Views,
+    profile: Option<Profile>,
     /// The exit whose branch may be led to the block that runs next.
     pending: Option<u32>,
     /// The view, the page and, once it is known, the target's RIP of a pending branch to another page.
@@ -146,10 +151,17 @@ impl Jit {
             table: Table::default(),
             accesses,
             views: Views::default(),
+            profile: None,
             pending: None,
             crossed: (0, 0, 0),
             stats: TranslatorStats::default(),
         })
+    }
+
+    /// From now on counts executions and lists the blocks that executed most instructions in this file,
+    /// with their code. Called before anything is translated.
+    pub fn report_to(&mut self, file: File) {
+        self.profile = Some(Profile::new(file));
     }
 
     /// The translation of a block, made if it is hot.
@@ -201,10 +213,12 @@ impl Jit {
         recipe: Option<Recipe>,
     ) -> Option<u32> {
         let start = place.0 % 4096;
+        let counter = self.profile.as_mut().map(Profile::counter);
         let next_window = &mut self.next_window[usize::from(user)];
         let manner = Manner {
             first_exit: self.table.next_exit(),
             count: self.options.count,
+            executions: counter.map(|c| c.1),
             apart: place.1 & APART != 0,
             window: *next_window,
             recipe,
@@ -224,6 +238,10 @@ impl Jit {
         for (access, resume) in &t.accesses {
             self.accesses
                 .push(base + *access as u64, base + *resume as u64);
+        }
+        if let (Some(profile), Some(counter)) = (&mut self.profile, counter) {
+            let code = (base, t.bytes.len());
+            profile.add(insns.clone(), bytes.clone(), code, counter.0);
         }
         self.stats.blocks += 1;
         self.stats.block_instructions += insns.len() as u64;
@@ -251,6 +269,9 @@ impl Jit {
 
     /// Forgets all translations.
     fn flush(&mut self) {
+        if let Some(profile) = &mut self.profile {
+            profile.keep(|at, len| self.cache.read(at, len));
+        }
         self.table = Table::default();
         self.accesses.clear();
         self.cache.clear();
@@ -335,5 +356,13 @@ impl Jit {
             return Some(n);
         }
         self.make(place, insns, bytes, user, Some(recipe))
+    }
+}
+
+impl Drop for Jit {
+    fn drop(&mut self) {
+        if let Some(profile) = &mut self.profile {
+            profile.write(|at, len| self.cache.read(at, len));
+        }
     }
 }

@@ -35,6 +35,11 @@ impl Translator for Jit {
         }
         cpu.shared_requests().rearm();
         loop {
+            if let Some(profile) = &mut self.profile
+                && profile.turn(cpu.state.rip())
+            {
+                profile.write(|at, len| self.cache.read(at, len));
+            }
             let view = self.views.select(cpu);
             let known = self.views.find(cpu.state.rip());
             let entry = match known.filter(|_| self.pending.is_none()) {

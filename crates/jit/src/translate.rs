@@ -15,7 +15,7 @@ use crate::extent;
 use crate::flags::{Flags, Recipe};
 use crate::legacy::Word;
 use crate::memory::Use;
-use crate::regs::POINTER;
+use crate::regs::{POINTER, SCRATCH};
 use crate::shared::Slot;
 use crate::sharing::Sharing;
 use crate::simple;
@@ -165,6 +165,8 @@ pub struct Manner {
     pub first_exit: u32,
     /// The code counts the instructions it executes.
     pub count: bool,
+    /// It counts how often it is entered: the address of a 64-bit counter.
+    pub executions: Option<u64>,
     /// Each access is checked by itself.
     pub apart: bool,
     /// The first window it may take.
@@ -198,7 +200,10 @@ fn is_loop(insns: &[Insn], start: i64) -> bool {
 /// Translates instructions that begin `start` bytes into their page.
 pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translation, IcedError> {
     let Manner {
-        first_exit, count, ..
+        first_exit,
+        count,
+        executions,
+        ..
     } = manner;
     let windows = !manner.apart && is_loop(insns, start as i64);
     let mut b = Block {
@@ -251,6 +256,9 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
     )?)?;
     b.a.jrcxz_back(island.0 - 1);
     let entries = [checked, warm, b.a.here()];
+    if let Some(counter) = executions {
+        b.count_execution(counter)?;
+    }
     let exit = b.new_exit(Wish::Request);
     b.cold.push(Cold {
         holes: vec![island],
@@ -346,6 +354,15 @@ impl Block {
             start: start_of_test,
             back: Some(back),
         })
+    }
+
+    /// Adds one to a counter, leaving the flags alone.
+    fn count_execution(&mut self, counter: u64) -> Result<(), IcedError> {
+        let mov = iced_x86::Code::Mov_r64_imm64;
+        self.a.put(&Instruction::with2(mov, SCRATCH, counter)?)?;
+        self.a.load(POINTER, at(SCRATCH, 0))?;
+        self.a.lea(POINTER, at(POINTER, 1))?;
+        self.a.store(at(SCRATCH, 0), POINTER)
     }
 
     /// Counts the instructions up to the next one that may branch away; returns how many they are.

@@ -3,8 +3,12 @@
 //!
 //! - `ANYKVM_JIT`: `off`, `on`, `always` or `count` ([`TranslationMode`]).
 //! - `ANYKVM_JIT_CACHE`: the limit of a VM's translated code, in bytes or with K, M or G behind it.
+//! - `ANYKVM_JIT_REPORT`: a file for a list of the hottest blocks, with their code before and after
+//!   translation.
 
 use std::ffi::OsStr;
+use std::fs::File;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Once};
 
@@ -68,6 +72,10 @@ pub struct Translation {
     /// Most bytes of translated code that the VM's processors keep, all together. When a processor's part of it is full, its translations
     /// are dropped and made anew. From [`Translation::MIN_CACHE`] to [`Translation::MAX_CACHE`].
     pub cache: usize,
+    /// Where to write which blocks executed the most instructions, with the guest's code and the
+    /// host's: this file for vCPU 0, and with `.1` and so on behind its name for the others. Written
+    /// every few seconds and when the vCPU is gone. Counting costs some speed.
+    pub report: Option<PathBuf>,
 }
 
 impl Default for Translation {
@@ -75,6 +83,7 @@ impl Default for Translation {
         Self {
             mode: TranslationMode::On,
             cache: 64 << 20,
+            report: None,
         }
     }
 }
@@ -95,7 +104,21 @@ impl Translation {
             translation.cache =
                 cache_size(&value).map_err(|e| format!("ANYKVM_JIT_CACHE={value}: {e}"))?;
         }
+        translation.report = std::env::var_os("ANYKVM_JIT_REPORT")
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from);
         Ok(translation)
+    }
+
+    /// The report of vCPU `id`, created.
+    fn report(&self, id: u32) -> Option<File> {
+        let mut name = self.report.clone()?.into_os_string();
+        if id != 0 {
+            name.push(format!(".{id}"));
+        }
+        File::create(&name)
+            .inspect_err(|e| say_once(&format!("{}: {e}", name.display())))
+            .ok()
     }
 
     /// The limit that the VM's processors share.
@@ -103,9 +126,9 @@ impl Translation {
         Budget::new(self.cache)
     }
 
-    /// A translator for one processor. Where the host does not allow one, that is said once on stderr,
+    /// A translator for vCPU `id`. Where the host does not allow one, that is said once on stderr,
     /// and guest code is interpreted.
-    pub(crate) fn translator(&self, budget: &Arc<Budget>) -> Option<Box<dyn Translator>> {
+    pub(crate) fn translator(&self, id: u32, budget: &Arc<Budget>) -> Option<Box<dyn Translator>> {
         let mut options = Options {
             cache: self.cache,
             ..Options::default()
@@ -116,10 +139,13 @@ impl Translation {
             TranslationMode::Always => options.threshold = 1,
             TranslationMode::Count => options.count = true,
         }
-        Jit::with_budget(options, budget)
-            .map(|jit| Box::new(jit) as Box<dyn Translator>)
+        let mut jit = Jit::with_budget(options, budget)
             .inspect_err(|e| say_once(&format!("guest code is interpreted, not translated: {e}")))
-            .ok()
+            .ok()?;
+        if let Some(file) = self.report(id) {
+            jit.report_to(file);
+        }
+        Some(Box::new(jit))
     }
 }
 

@@ -115,7 +115,7 @@ impl Vcpu {
         machine.start_tsc(&mut cpu.state);
         let translator = {
             let translation = vm.lock_translation();
-            translation.how.translator(&translation.budget)
+            translation.how.translator(id, &translation.budget)
         };
         cpu.set_translator(translator);
         if in_kernel_apic && !boot {

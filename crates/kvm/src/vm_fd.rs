@@ -394,13 +394,14 @@ impl VmFd {
     }
 
     /// Sets how guest code is run, which the environment has said first (`ANYKVM_JIT`,
-    /// `ANYKVM_JIT_CACHE`). Before the first vCPU: later it fails with EBUSY. EINVAL for a code cache
+    /// `ANYKVM_JIT_CACHE`, `ANYKVM_JIT_REPORT`). Before the first vCPU: later it fails with EBUSY. EINVAL for a code cache
     /// that is too small or too large.
     ///
     /// ```
     /// use anykvm::{Translation, TranslationMode};
     /// # let vm = anykvm::Kvm::new().unwrap().create_vm().unwrap();
-    /// vm.set_translation(Translation { mode: TranslationMode::On, cache: 16 << 20 }).unwrap();
+    /// let how = Translation { mode: TranslationMode::On, cache: 16 << 20, ..Default::default() };
+    /// vm.set_translation(how).unwrap();
     /// ```
     pub fn set_translation(&self, how: Translation) -> Result<()> {
         self.vm.set_translation(how)

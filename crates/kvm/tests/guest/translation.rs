@@ -14,11 +14,16 @@ const DIRECTORY: u64 = 0x5000;
 
 /// A guest with this code, and a vCPU in front of it in 64-bit mode.
 fn guest(mode: TranslationMode, code: &[u8]) -> (Guest, VcpuFd) {
-    let guest = Guest::new();
     let how = Translation {
         mode,
         ..Translation::default()
     };
+    guest_with(how, code)
+}
+
+/// The same, run in this way.
+fn guest_with(how: Translation, code: &[u8]) -> (Guest, VcpuFd) {
+    let guest = Guest::new();
     guest.vm.set_translation(how).unwrap();
     guest.ram.write_bytes(CODE as usize, code);
     for (at, entry) in [(PML4, PDPT | 3), (PDPT, DIRECTORY | 3), (DIRECTORY, 0x83)] {
@@ -150,4 +155,33 @@ fn refuse_executable_memory() {
         let mode = libc::SECCOMP_MODE_FILTER;
         assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, mode, &program), 0);
     }
+}
+
+#[test]
+fn the_hottest_blocks_are_listed_with_their_code() {
+    let path = std::env::temp_dir().join(format!("anykvm-report-{}", std::process::id()));
+    // mov ecx, 1000; 1: inc rax; loop 1b; out 0x99, al
+    let code = [
+        0xb9, 0xe8, 3, 0, 0, 0x48, 0xff, 0xc0, 0xe2, 0xfb, 0xe6, 0x99,
+    ];
+    let how = Translation {
+        mode: TranslationMode::Always,
+        report: Some(path.clone()),
+        ..Translation::default()
+    };
+    let (_guest, mut vcpu) = guest_with(how, &code);
+    match vcpu.run().unwrap() {
+        VcpuExit::IoOut(0x99, [0xe8]) => {}
+        exit => panic!("{exit:?}"),
+    }
+    drop(vcpu);
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let first = text.split("\n1. ").nth(1).unwrap();
+    assert!(
+        first.starts_with("at 0x1005: 999 times 2 instructions"),
+        "{text}"
+    );
+    assert!(first.contains("inc %rax"), "{text}");
+    assert!(first.contains(" host:\n"), "{text}");
 }
