@@ -17,6 +17,8 @@ impl Mode {
     const LONG: u32 = 1 << 6;
     /// CS, DS, ES and SS are flat: base 0, limit 4 GiB, readable and writable.
     const FLAT: u32 = 1 << 7;
+    /// CPL 1 or 2.
+    const MIDDLE: u32 = 1 << 8;
 
     /// The mode this state is in.
     pub fn of(state: &CpuState) -> Self {
@@ -55,9 +57,11 @@ impl Mode {
         if state.rflags & rflags::VM != 0 {
             m |= Self::V86;
         }
-        if state.cpl() == 3 {
-            m |= Self::USER;
-        }
+        m |= match state.cpl() {
+            0 => 0,
+            3 => Self::USER,
+            _ => Self::MIDDLE,
+        };
         Self(m)
     }
 
@@ -102,6 +106,10 @@ impl Mode {
     #[inline(always)]
     pub fn user(self) -> bool {
         self.0 & Self::USER != 0
+    }
+    /// CPL 0.
+    pub fn cpl0(self) -> bool {
+        self.0 & (Self::USER | Self::MIDDLE) == 0
     }
     /// Accesses through CS, SS, DS, ES need no segment checks.
     pub fn flat(self) -> bool {

@@ -30,6 +30,7 @@ mod simple;
 mod stack;
 mod strings;
 mod stubs;
+mod system;
 mod table;
 
 pub mod translate;
@@ -43,6 +44,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anykvm_cpu::memory::fault::CodeMap;
+use anykvm_cpu::mode::Mode;
 use anykvm_cpu::translator::TranslatorStats;
 use anykvm_cpu::{Cpu, Insn};
 
@@ -193,7 +195,7 @@ impl Jit {
         let mut bytes = block.bytes.to_vec();
         let began = Instant::now();
         extent::extend(cpu, place.0, &mut insns, &mut bytes);
-        let made = self.make(place, insns.into(), bytes.into(), mode.user(), None);
+        let made = self.make(place, insns.into(), bytes.into(), mode, None);
         self.stats.translation_ns += began.elapsed().as_nanos() as u64;
         if made.is_none()
             && let Some(block) = cpu.block(id)
@@ -209,17 +211,18 @@ impl Jit {
         place: (u64, u32),
         insns: Arc<[Insn]>,
         bytes: Box<[u8]>,
-        user: bool,
+        mode: Mode,
         recipe: Option<Recipe>,
     ) -> Option<u32> {
         let start = place.0 % 4096;
         let counter = self.profile.as_mut().map(Profile::counter);
-        let next_window = &mut self.next_window[usize::from(user)];
+        let next_window = &mut self.next_window[usize::from(mode.user())];
         let manner = Manner {
             first_exit: self.table.next_exit(),
             count: self.options.count,
             executions: counter.map(|c| c.1),
             apart: place.1 & APART != 0,
+            supervisor: mode.cpl0(),
             window: *next_window,
             recipe,
         };
@@ -318,7 +321,7 @@ impl Jit {
 
     /// Leads the branch of an exit to a translation, if that is where it goes. Only branches may lead to one
     /// that knows how to make the flags: what runs next need not have come by this branch.
-    fn link(&mut self, exit: u32, n: u32, user: bool) {
+    fn link(&mut self, exit: u32, n: u32, mode: Mode) {
         if self.table.crosses(exit) {
             self.cross(exit, n);
             return;
@@ -326,7 +329,7 @@ impl Jit {
         if !self.table.leads_to(exit, n) {
             return;
         }
-        let better = self.with_recipe(exit, n, user);
+        let better = self.with_recipe(exit, n, mode);
         if let Some((hole, to)) = self.table.link(exit, better.unwrap_or(n)) {
             self.redirect(hole, to);
         }
@@ -348,14 +351,14 @@ impl Jit {
     }
 
     /// The translation that knows how to make the flags behind this exit, if `n` would be better for it.
-    fn with_recipe(&mut self, exit: u32, n: u32, user: bool) -> Option<u32> {
+    fn with_recipe(&mut self, exit: u32, n: u32, mode: Mode) -> Option<u32> {
         let (place, recipe) = self.table.better_place(exit, n)?;
         let t = self.table.get(n)?;
         let (insns, bytes) = (t.insns.clone(), t.bytes.clone());
         if let Some(n) = self.table.find(place, &bytes) {
             return Some(n);
         }
-        self.make(place, insns, bytes, user, Some(recipe))
+        self.make(place, insns, bytes, mode, Some(recipe))
     }
 }
 

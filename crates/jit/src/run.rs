@@ -4,7 +4,7 @@
 //! to is looked up in the current view and entered at once.
 
 use anykvm_cpu::memory::fault;
-use anykvm_cpu::state::{rflags, seg};
+use anykvm_cpu::state::seg;
 use anykvm_cpu::translator::{Code, Translator, TranslatorStats};
 use anykvm_cpu::{Cpu, Exit};
 
@@ -98,7 +98,7 @@ impl Jit {
         let rip = cpu.state.rip();
         if let Some(exit) = pending {
             self.crossed.2 = rip;
-            self.link(exit, n, cpu.mode().user());
+            self.link(exit, n, cpu.mode());
         }
         let entry = self.table.get(n)?.checked;
         if !self.table.is_apart(n) {
@@ -217,7 +217,8 @@ impl Jit {
             enter(entry, s);
         });
         cpu.state.set_rip(s.rip);
-        cpu.state.rflags = f & !rflags::STATUS | s.flags >> 8 & 0xd5 | (s.flags & 1) << 11;
+        cpu.state
+            .set_status(s.flags >> 8 & 0xd5 | (s.flags & 1) << 11);
         self.stats.entries += 1;
         true
     }

@@ -191,12 +191,15 @@ struct Key {
     base: Symbol,
     index: Symbol,
     scale: u8,
-    segment: u8,
+    /// What FS or GS held at some time; [`NOTHING`] for the other segments.
+    segment: Symbol,
 }
 
 /// Each register as a symbol plus a constant.
 struct Registers {
     values: [(Symbol, i64); 16],
+    /// What the bases of FS and GS are.
+    segments: [Symbol; 2],
     next: u32,
 }
 
@@ -204,7 +207,8 @@ impl Registers {
     fn new() -> Self {
         Self {
             values: std::array::from_fn(|n| (Symbol(n as u32 + 2), 0)),
-            next: 18,
+            segments: [Symbol(18), Symbol(19)],
+            next: 20,
         }
     }
 
@@ -235,8 +239,9 @@ impl Registers {
             index,
             scale: if index == NOTHING { 0 } else { access.scale },
             segment: match access.segment & 7 {
-                n @ (seg::FS | seg::GS) => n,
-                _ => seg::DS,
+                seg::FS => self.segments[0],
+                seg::GS => self.segments[1],
+                _ => NOTHING,
             },
         };
         (moderate(offset) && moderate(access.displacement) && moderate(b) && moderate(i))
@@ -285,6 +290,8 @@ impl Registers {
             _ if simple::level(raw).is_none() && !is_known(raw) => {
                 // The interpreter's: whatever it does.
                 (0..16).for_each(|n| self.forget(n));
+                self.segments = [Symbol(self.next), Symbol(self.next + 1)];
+                self.next += 2;
             }
             _ => {
                 for used in factory.info(raw).used_registers() {

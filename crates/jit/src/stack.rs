@@ -45,7 +45,8 @@ pub(crate) fn push(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
     end_push(b, checked.exit)
 }
 
-fn end_push(b: &mut Block, exit: usize) -> Result<Done, IcedError> {
+/// The end of a push, whose store has been made: moves the stack pointer.
+pub(crate) fn end_push(b: &mut Block, exit: usize) -> Result<Done, IcedError> {
     b.before_write(bit(GUEST_RSP), Some(exit), true)?;
     b.word
         .lea(&mut b.a, GUEST_RSP, at(GUEST_RSP, -b.word.bytes()))?;

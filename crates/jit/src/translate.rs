@@ -19,6 +19,7 @@ use crate::regs::{POINTER, SCRATCH};
 use crate::shared::Slot;
 use crate::sharing::Sharing;
 use crate::simple;
+use crate::system;
 use crate::vectors::Level;
 
 /// What an exit asks of the translator.
@@ -142,6 +143,8 @@ pub(crate) struct Block {
     start: i64,
     /// The size of addresses, of the stack's entries and of the instruction pointer.
     pub word: Word,
+    /// CPL 0.
+    pub supervisor: bool,
     /// Which accesses share a check.
     pub sharing: Sharing,
     /// Groups that have been checked, and where their addends are.
@@ -169,6 +172,8 @@ pub struct Manner {
     pub executions: Option<u64>,
     /// Each access is checked by itself.
     pub apart: bool,
+    /// For code at CPL 0.
+    pub supervisor: bool,
     /// The first window it may take.
     pub window: u32,
     /// How the flags can be made with which it is entered, wherever from.
@@ -220,6 +225,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         first_exit,
         start: start as i64,
         word: insns.first().map_or(Word::Quad, Word::of),
+        supervisor: manner.supervisor,
         sharing: if manner.apart {
             Sharing::none()
         } else {
@@ -284,6 +290,10 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
             simple::emit(&mut b, insn, site, later)?
         } else {
             branch::emit(&mut b, insn, site, later.is_empty())?
+        };
+        let done = match done {
+            Done::Unsupported => system::emit(&mut b, insn, site)?,
+            done => done,
         };
         match done {
             Done::Next => {}

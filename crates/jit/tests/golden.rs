@@ -117,6 +117,7 @@ fn text(build: Build) -> String {
         count: false,
         executions: None,
         apart: false,
+        supervisor: mode.cpl0(),
         window: 0,
         recipe: None,
     };

@@ -1,0 +1,119 @@
+//! System instructions of 64-bit code at CPL 0 that only change the state: CLI, PUSHFQ, RDTSC, SWAPGS.
+//!
+//! The mode is part of what a translation is made for, so the privilege level need not be looked at.
+//! Instructions that are executed alone (TF, breakpoints, an interrupt shadow) never come here.
+
+use std::mem::offset_of;
+
+use anykvm_cpu::Insn;
+use anykvm_cpu::state::{CpuState, Msrs, Segment, rflags, seg};
+use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
+
+use crate::asm::{at, slot};
+use crate::legacy::Word;
+use crate::memory::Use;
+use crate::regs::{GUEST_RSP, POINTER, SCRATCH, bit};
+use crate::shared::Slot;
+use crate::stack;
+use crate::translate::{Block, Done, Site};
+
+/// A field of the state, whose address R15 holds.
+fn field(offset: usize) -> MemoryOperand {
+    at(SCRATCH, offset as i64)
+}
+
+/// Emits a system instruction.
+pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
+    if !b.supervisor || b.word != Word::Quad {
+        return Ok(Done::Unsupported);
+    }
+    match insn.raw.code() {
+        Code::Cli => cli(b),
+        Code::Pushfq => pushf(b, site),
+        Code::Rdtsc => rdtsc(b),
+        Code::Swapgs => swapgs(b),
+        _ => Ok(Done::Unsupported),
+    }
+}
+
+/// IOPL is never below CPL 0.
+fn cli(b: &mut Block) -> Result<Done, IcedError> {
+    b.flags.release(&mut b.a)?;
+    b.a.load(SCRATCH, slot(Slot::State))?;
+    b.a.put(&Instruction::with2(
+        Code::And_rm32_imm32,
+        field(offset_of!(CpuState, rflags)),
+        !(rflags::IF as u32),
+    )?)?;
+    Ok(Done::Next)
+}
+
+/// The status flags are the host's, the rest the state's. VM and RF are pushed as 0.
+fn pushf(b: &mut Block, site: Site) -> Result<Done, IcedError> {
+    const REST: u64 = !(rflags::STATUS | rflags::VM | rflags::RF);
+    b.flags.restore(&mut b.a)?;
+    b.a.put(&Instruction::with(Code::Pushfq))?;
+    b.a.put(&Instruction::with1(Code::Pop_r64, POINTER)?)?;
+    b.flags.release(&mut b.a)?;
+    b.a.put(&Instruction::with2(
+        Code::And_rm32_imm32,
+        Register::ECX,
+        rflags::STATUS as u32,
+    )?)?;
+    b.a.load(SCRATCH, slot(Slot::State))?;
+    b.a.load(SCRATCH, field(offset_of!(CpuState, rflags)))?;
+    b.a.put(&Instruction::with2(
+        Code::And_rm64_imm32,
+        SCRATCH,
+        REST as i64 as i32,
+    )?)?;
+    b.a.put(&Instruction::with2(Code::Or_r64_rm64, SCRATCH, POINTER)?)?;
+    b.a.store(slot(Slot::Target), SCRATCH)?;
+    let checked = b.check_stack(GUEST_RSP, -8, Use::Write, site)?;
+    let to = b.operand(&checked, true)?;
+    b.a.load(SCRATCH, slot(Slot::Target))?;
+    b.access(&checked);
+    b.a.store(to, SCRATCH)?;
+    stack::end_push(b, checked.exit)
+}
+
+/// The guest's counter is the host's times a ratio with 48 binary places, plus an offset.
+fn rdtsc(b: &mut Block) -> Result<Done, IcedError> {
+    use Code as C;
+    use Register as R;
+    b.flags.restore(&mut b.a)?;
+    b.before_write(bit(R::RAX) | bit(R::RDX), None, false)?;
+    b.flags.release(&mut b.a)?;
+    b.a.load(SCRATCH, slot(Slot::State))?;
+    let ratio = field(offset_of!(CpuState, tsc_ratio));
+    let offset = field(offset_of!(CpuState, tsc_offset));
+    for insn in [
+        Instruction::with(C::Rdtsc),
+        Instruction::with2(C::Shl_rm64_imm8, R::RDX, 32)?,
+        Instruction::with2(C::Or_r64_rm64, R::RAX, R::RDX)?,
+        Instruction::with1(C::Mul_rm64, ratio)?,
+        Instruction::with3(C::Shrd_rm64_r64_imm8, R::RAX, R::RDX, 48)?,
+        Instruction::with2(C::Add_r64_rm64, R::RAX, offset)?,
+        Instruction::with2(C::Mov_r64_rm64, R::RDX, R::RAX)?,
+        Instruction::with2(C::Shr_rm64_imm8, R::RDX, 32)?,
+        Instruction::with2(C::Mov_r32_rm32, R::EAX, R::EAX)?,
+    ] {
+        b.a.put(&insn)?;
+    }
+    Ok(Done::Next)
+}
+
+fn swapgs(b: &mut Block) -> Result<Done, IcedError> {
+    let gs = offset_of!(CpuState, seg) + usize::from(seg::GS) * size_of::<Segment>();
+    let inner = field(gs + offset_of!(Segment, base));
+    let other = field(offset_of!(CpuState, msr) + offset_of!(Msrs, kernel_gs_base));
+    b.a.load(SCRATCH, slot(Slot::State))?;
+    b.a.load(POINTER, other)?;
+    b.a.store(slot(Slot::Target), POINTER)?;
+    b.a.load(POINTER, slot(Slot::GsBase))?;
+    b.a.store(other, POINTER)?;
+    b.a.load(POINTER, slot(Slot::Target))?;
+    b.a.store(inner, POINTER)?;
+    b.a.store(slot(Slot::GsBase), POINTER)?;
+    Ok(Done::Next)
+}
