@@ -209,7 +209,7 @@ impl Guest<'_> {
 }
 
 /// Another thread sets KICK after a moment.
-fn kick_soon(wanted: Arc<Requests>) {
+pub fn kick_soon(wanted: Arc<Requests>) {
     static KICKER: OnceLock<Sender<Arc<Requests>>> = OnceLock::new();
     let kicker = KICKER.get_or_init(|| {
         let (sender, receiver) = channel::<Arc<Requests>>();

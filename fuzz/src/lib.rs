@@ -6,9 +6,12 @@
 //! without access), must do no more than its budget, and must end when a request asks for it. What
 //! the guest computes is not looked at: `tests/` and `cargo xtask diff` do that.
 //!
-//! `targets/cpu.rs` gives inputs from libFuzzer, `tests/cpu.rs` those kept in `corpus/` and a fixed
+//! [`translated`] runs the same inputs interpreted and translated, and does compare the two.
+//!
+//! `targets/` give inputs from libFuzzer, `tests/cpu.rs` those kept in `corpus/` and a fixed
 //! number of random ones.
 
+mod compare;
 mod device;
 mod drive;
 mod input;
@@ -24,5 +27,12 @@ pub use input::Input;
 pub fn cpu(data: &[u8]) {
     if let Ok(input) = Input::arbitrary(&mut Unstructured::new(data)) {
         drive::run(&input);
+    }
+}
+
+/// Runs one input, given as bytes, interpreted and translated, and compares.
+pub fn translated(data: &[u8]) {
+    if let Ok(input) = Input::arbitrary(&mut Unstructured::new(data)) {
+        compare::run(&input);
     }
 }

@@ -16,6 +16,7 @@ fn kept_inputs() {
         let path = entry.unwrap().path();
         eprintln!("{}", path.display());
         anykvm_fuzz::cpu(&fs::read(&path).unwrap());
+        anykvm_fuzz::translated(&fs::read(&path).unwrap());
         count += 1;
     }
     assert!(count > 0, "no input in {}", folder().display());
@@ -82,14 +83,23 @@ fn random(seed: u64) -> Vec<u8> {
     input
 }
 
-#[test]
-fn random_inputs() {
+fn each_random(run: fn(&[u8])) {
     let rounds: u64 = std::env::var("ANYKVM_TEST_ROUNDS")
         .ok()
         .and_then(|n| n.parse().ok())
         .unwrap_or(3000);
     for seed in 0..rounds {
-        let run = std::panic::catch_unwind(|| anykvm_fuzz::cpu(&random(seed)));
-        assert!(run.is_ok(), "seed {seed}");
+        let result = std::panic::catch_unwind(|| run(&random(seed)));
+        assert!(result.is_ok(), "seed {seed}");
     }
+}
+
+#[test]
+fn random_inputs() {
+    each_random(anykvm_fuzz::cpu);
+}
+
+#[test]
+fn random_inputs_translated() {
+    each_random(anykvm_fuzz::translated);
 }

@@ -13,6 +13,8 @@ use crate::{build, progress, workspace};
 pub enum FuzzTask {
     /// Random guests against the processor, in every mode
     Cpu(FuzzArgs),
+    /// The same guests interpreted and translated, which must come to the same
+    Translated(FuzzArgs),
 }
 
 #[derive(clap::Args)]
@@ -35,8 +37,10 @@ pub struct FuzzArgs {
 }
 
 pub fn run(task: &FuzzTask) -> Result<ExitCode> {
-    let FuzzTask::Cpu(args) = task;
-    fuzz(args, "cpu")
+    match task {
+        FuzzTask::Cpu(args) => fuzz(args, "cpu"),
+        FuzzTask::Translated(args) => fuzz(args, "translated"),
+    }
 }
 
 /// What makes the program tell libFuzzer which edges it takes and what it compares.
@@ -58,8 +62,9 @@ const INPUT_SECONDS: u32 = 20;
 
 fn fuzz(args: &FuzzArgs, name: &str) -> Result<ExitCode> {
     let program = build_target(name, args.address_sanitizer)?;
-    let found = build::target().join("fuzz/corpus").join(name);
-    let kept = workspace().join("fuzz/corpus").join(name);
+    // Inputs mean the same to every target.
+    let found = build::target().join("fuzz/corpus/cpu");
+    let kept = workspace().join("fuzz/corpus/cpu");
     let failures = build::target().join("fuzz/failures").join(name);
     for folder in [&found, &failures] {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;

@@ -112,7 +112,11 @@ fn compare(engines: &mut Engines, args: &Args) -> Result<bool> {
         let seconds = start.elapsed().as_secs();
         if seconds >= told + 30 {
             told = seconds;
-            eprintln!("{seconds} s: {} cases", account.cases);
+            eprintln!(
+                "{seconds} s: {} cases, {} different failures",
+                account.cases,
+                account.failures.len()
+            );
         }
     }
     let seconds = start.elapsed().as_secs_f64();
