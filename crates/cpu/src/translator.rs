@@ -26,6 +26,14 @@ pub const TLB_READ: i64 = layout::READ;
 pub const TLB_WRITE: i64 = layout::WRITE;
 /// Offset of an entry's addend: host address minus linear address.
 pub const TLB_ADDEND: i64 = layout::ADDEND;
+/// As [`TLB_INDEX_MASK`] for the entries behind level 1, which begin at [`Cpu::behind_level1`].
+pub const READY_INDEX_MASK: u32 = layout::READY_MASK;
+/// Offset, there, of the two counts an entry rests on.
+pub const READY_COUNTS: i64 = layout::COUNTS;
+/// The address space's number, there, in the tags of global pages.
+pub const READY_GLOBAL: u32 = layout::EVERYWHERE;
+/// A tag nothing compares equal to, sign-extended.
+pub const TLB_NO_TAG: i32 = layout::NO_TAG;
 
 /// Runs guest code in another way than by interpreting it.
 pub trait Translator: Send {
@@ -218,6 +226,11 @@ impl Cpu {
     /// The number of the address space: the low bits of every TLB tag.
     pub fn address_space(&self) -> u64 {
         self.tlb.asn()
+    }
+    /// Address of the TLB's entries behind level 1 for the running code, and what their counts must be: as
+    /// long as translated code runs they do not change.
+    pub fn behind_level1(&mut self) -> (u64, u64) {
+        self.tlb.behind_level1()
     }
     /// What copies of level-1 TLB entries rest on: how often entries were dropped, the address space, and
     /// the entries in use. Entries copied while this was the same are good.

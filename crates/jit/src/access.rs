@@ -19,7 +19,7 @@ use std::mem::offset_of;
 use iced_x86::{IcedError, MemoryOperand, Register};
 
 use crate::asm::{Hole, shared};
-use crate::memory::{self, Address, Bytes, Use};
+use crate::memory::{self, Address, Bytes, Misses, Use};
 use crate::regs::{POINTER, SCRATCH};
 use crate::shared::Shared;
 use crate::sharing::{Group, Member};
@@ -48,7 +48,57 @@ pub(crate) struct Probe {
     miss: usize,
 }
 
+/// A level-1 entry to be filled, out of line.
+pub(crate) struct Refill {
+    misses: Misses,
+    usage: Use,
+    /// Where to go if it cannot be: index in the list of cold pieces.
+    otherwise: usize,
+}
+
+/// A function that translated code calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Helper {
+    /// Fills a window, for reads or writes.
+    Probe(Use),
+    /// Fills an entry of level 1.
+    Refill(Use),
+}
+
+impl Helper {
+    /// Its place in the list of helpers.
+    pub fn number(self) -> usize {
+        match self {
+            Self::Probe(usage) => usize::from(usage != Use::Read),
+            Self::Refill(usage) => 2 + usize::from(usage != Use::Read),
+        }
+    }
+}
+
 impl Block {
+    /// What misses a check is looked up behind level 1; what is not there either goes to a cold piece.
+    fn refill_or(&mut self, misses: Misses, usage: Use, otherwise: usize) {
+        self.cold[otherwise].holes.extend(misses.unaligned);
+        self.refills.push(Refill {
+            misses,
+            usage,
+            otherwise,
+        });
+    }
+
+    /// Emits the out-of-line pieces that fill entries of level 1.
+    fn emit_refills(&mut self) {
+        for refill in std::mem::take(&mut self.refills) {
+            self.a.land(refill.misses.miss);
+            let call = self.a.call();
+            self.calls.push((call, Helper::Refill(refill.usage)));
+            let miss = self.a.jne();
+            self.cold[refill.otherwise].holes.push(miss);
+            let back = self.a.jmp();
+            self.a.fill(back, refill.misses.back);
+        }
+    }
+
     /// Emits the check of an access of `size` bytes, if none before is good for it; where it fails the
     /// instruction is left to the interpreter. May release the flags; destroys RCX and R15.
     pub fn check(
@@ -110,10 +160,12 @@ impl Block {
     ) -> Result<Checked, IcedError> {
         self.flags.release_by_scratch(&mut self.a)?;
         let misses = memory::check(&mut self.a, address, bytes)?;
+        let exit = self.leave_from(Vec::new(), site);
+        self.refill_or(misses, bytes.usage, self.cold.len() - 1);
         Ok(Checked {
             address: *address,
             addend: None,
-            exit: self.leave_from(misses, site),
+            exit,
         })
     }
 
@@ -183,7 +235,7 @@ impl Block {
             }
             None => {
                 let misses = memory::check(&mut self.a, address, bytes)?;
-                self.cold[fail].holes.extend(misses);
+                self.refill_or(misses, bytes.usage, fail);
                 let place = (offset_of!(Shared, kept) + number * 8) as i64;
                 self.a.store(shared(place), POINTER)?;
                 place
@@ -246,13 +298,14 @@ impl Block {
         Some(taken)
     }
 
-    /// Emits the out-of-line pieces that fill windows.
+    /// Emits the out-of-line pieces that fill windows and entries.
     pub fn emit_probes(&mut self) -> Result<(), IcedError> {
+        self.emit_refills();
         for probe in std::mem::take(&mut self.probes) {
             self.a.land(probe.from);
             window::prepare_probe(&mut self.a, probe.window, &probe.bytes)?;
             let call = self.a.call();
-            self.probe_calls.push((call, probe.bytes.usage));
+            self.calls.push((call, Helper::Probe(probe.bytes.usage)));
             let miss = self.a.jne();
             self.cold[probe.miss].holes.push(miss);
             let back = self.a.jmp();

@@ -22,6 +22,7 @@ pub mod listing;
 mod memory;
 mod plan;
 mod profile;
+mod refill;
 pub mod regs;
 mod run;
 mod shared;
@@ -91,7 +92,7 @@ pub struct Jit {
     enter: u64,
     leave: u64,
     loaders: [u64; 4],
-    probes: [u64; 2],
+    helpers: [u64; 4],
     /// The windows that are taken next, by supervisor and user code.
     next_window: [u32; 2],
     table: Table,
@@ -148,7 +149,7 @@ impl Jit {
             enter: base + stubs.enter as u64,
             leave: base + stubs.leave as u64,
             loaders: stubs.loaders.map(|at| base + at as u64),
-            probes: stubs.probes.map(|at| base + at as u64),
+            helpers: stubs.helpers.map(|at| base + at as u64),
             next_window: [0, window::WINDOWS as u32],
             table: Table::default(),
             accesses,
@@ -236,7 +237,7 @@ impl Jit {
             return None;
         }
         let base = self.cache.next();
-        t.connect(base, self.leave, &self.loaders, &self.probes);
+        t.connect(base, self.leave, &self.loaders, &self.helpers);
         let base = self.cache.add(&t.bytes)?;
         for (access, resume) in &t.accesses {
             self.accesses

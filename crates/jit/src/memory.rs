@@ -221,12 +221,28 @@ pub fn test_alignment(a: &mut Asm, align: i64) -> Result<Option<Hole>, IcedError
     Ok(Some(a.jne()))
 }
 
+/// What a check by [`check`] may lead to besides a hit.
+#[derive(Clone, Copy, Debug)]
+pub struct Misses {
+    /// The branch taken if the address is not a multiple of what it has to be.
+    pub unaligned: Option<Hole>,
+    /// The branch taken if the entry, to which R15 points, has not the tag in RCX.
+    pub miss: Hole,
+    /// Where to go on, R15 the same, when it has.
+    pub back: usize,
+}
+
+impl Misses {
+    /// Both branches.
+    pub fn all(self) -> impl Iterator<Item = Hole> {
+        self.unaligned.into_iter().chain([self.miss])
+    }
+}
+
 /// Emits the TLB check of bytes of one page. Destroys the flags, RCX and R15; leaves the addend in RCX.
-/// Returns the branches to be taken on a miss.
-pub fn check(a: &mut Asm, address: &Address, bytes: &Bytes) -> Result<Vec<Hole>, IcedError> {
-    let mut misses = Vec::with_capacity(2);
+pub fn check(a: &mut Asm, address: &Address, bytes: &Bytes) -> Result<Misses, IcedError> {
     address.compute(a, SCRATCH, bytes.from)?;
-    misses.extend(test_alignment(a, bytes.align)?);
+    let unaligned = test_alignment(a, bytes.align)?;
     a.put(&Instruction::with2(
         Code::Shr_rm64_imm8,
         SCRATCH,
@@ -262,9 +278,14 @@ pub fn check(a: &mut Asm, address: &Address, bytes: &Bytes) -> Result<Vec<Hole>,
         POINTER,
         at(SCRATCH, tag),
     )?)?;
-    misses.push(a.jne());
+    let miss = a.jne();
+    let back = a.here();
     a.load(POINTER, at(SCRATCH, TLB_ADDEND))?;
-    Ok(misses)
+    Ok(Misses {
+        unaligned,
+        miss,
+        back,
+    })
 }
 
 /// Emits what makes the host address from the addend in RCX, and returns the operand to use.

@@ -203,6 +203,7 @@ impl Jit {
             s.whole_asn = [seg::FS, seg::GS].map(|n| legacy::asn_of_segment(cpu, n));
         }
         s.level1 = cpu.level1();
+        s.ready = cpu.behind_level1().into();
         s.go = std::ptr::from_ref(cpu.shared_requests().go());
         s.jumps = self.views.jumps();
         // 0 is no branch's.

@@ -61,7 +61,11 @@ pub struct Shared {
     /// FS without looking at the segment's limit and rights; then for GS.
     pub whole_asn: [u64; 2],
     /// What a probe of the TLB is given and saves.
-    pub probe: [u64; 3],
+    pub probe: [u64; 4],
+    /// What a refill of level 1 saves.
+    pub refill: [u64; 2],
+    /// The TLB's entries behind level 1 for the running code's privilege, and the counts they must rest on.
+    pub ready: [u64; 2],
     /// The current view's number.
     pub view: u64,
     /// Addends that accesses of the running block share.
@@ -108,7 +112,12 @@ pub enum Slot {
     Probe0 = 240,
     Probe1 = 248,
     Probe2 = 256,
-    View = 264,
+    Probe3 = 264,
+    Refill0 = 272,
+    Refill1 = 280,
+    Ready = 288,
+    ReadyCounts = 296,
+    View = 304,
 }
 
 const _: () = {
@@ -122,6 +131,8 @@ const _: () = {
     assert!(offset_of!(Shared, whole_asn) == Slot::WholeFsAsn as usize);
     assert!(offset_of!(Shared, load) == Slot::Load as usize);
     assert!(offset_of!(Shared, probe) == Slot::Probe0 as usize);
+    assert!(offset_of!(Shared, refill) == Slot::Refill0 as usize);
+    assert!(offset_of!(Shared, ready) == Slot::Ready as usize);
     assert!(offset_of!(Shared, view) == Slot::View as usize);
     assert!(offset_of!(Shared, jumps) == Slot::Jumps as usize);
 };

@@ -175,7 +175,7 @@ fn check(
         align: 1,
     };
     let misses = memory::check(&mut b.a, &address, &bytes)?;
-    leave.extend(misses);
+    leave.extend(misses.all());
     b.a.store(slot(addend), POINTER)
 }
 

@@ -9,7 +9,7 @@ use crate::flags::load_flags;
 use crate::regs::{Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
 use crate::vectors;
-use crate::window;
+use crate::{refill, window};
 
 /// Host registers the C ABI wants back.
 const SAVED: [Register; 6] = [
@@ -29,8 +29,8 @@ pub struct Stubs {
     pub bytes: Vec<u8>,
     /// Position of `extern "sysv64" fn(entry, *mut Shared)`.
     pub enter: usize,
-    /// Functions that fill windows for reads and writes.
-    pub probes: [usize; 2],
+    /// Functions that translated code calls, in the order of [`crate::access::Helper`].
+    pub helpers: [usize; 4],
     /// Position of the way out.
     pub leave: usize,
 }
@@ -46,7 +46,8 @@ pub fn stubs() -> Result<Stubs, IcedError> {
     let nothing = a.here();
     a.put(&Instruction::with(Code::Retnq))?;
     let [sse, avx, avx512] = vectors::loaders(&mut a)?;
-    let probes = window::probes(&mut a)?;
+    let refills = refill::refills(&mut a)?;
+    let probes = window::probes(&mut a, refills)?;
     let enter = a.here();
     for r in SAVED {
         a.put(&Instruction::with1(Code::Push_r64, r)?)?;
@@ -94,7 +95,7 @@ pub fn stubs() -> Result<Stubs, IcedError> {
     }
     a.put(&Instruction::with(Code::Retnq))?;
     Ok(Stubs {
-        probes,
+        helpers: [probes[0], probes[1], refills[0], refills[1]],
         loaders: [nothing, sse, avx, avx512],
         bytes: a.into_bytes(),
         enter,

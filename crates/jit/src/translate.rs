@@ -8,13 +8,12 @@
 use anykvm_cpu::Insn;
 use iced_x86::{FlowControl, IcedError, Instruction, Register};
 
-use crate::access::Probe;
+use crate::access::{Helper, Probe, Refill};
 use crate::asm::{Asm, Hole, at, slot};
 use crate::branch::{self, Crossing};
 use crate::extent;
 use crate::flags::{Flags, Recipe};
 use crate::legacy::Word;
-use crate::memory::Use;
 use crate::regs::{POINTER, SCRATCH};
 use crate::shared::Slot;
 use crate::sharing::Sharing;
@@ -77,8 +76,8 @@ pub struct Translation {
     pub level: Level,
     /// Calls of the functions that load vector registers.
     pub loads: Vec<(Hole, Level)>,
-    /// Calls of the functions that fill windows.
-    pub probes: Vec<(Hole, Use)>,
+    /// Calls of helpers.
+    pub(crate) calls: Vec<(Hole, Helper)>,
     /// How many windows it has taken.
     pub windows: u32,
     /// How flags can be made behind links.
@@ -92,17 +91,17 @@ pub struct Translation {
 impl Translation {
     /// Leads the jumps to the common way out and the calls to the loaders of vector registers; the code
     /// is about to stand at `base`.
-    pub fn connect(&mut self, base: u64, way_out: u64, loaders: &[u64; 4], probes: &[u64; 2]) {
+    pub fn connect(&mut self, base: u64, way_out: u64, loaders: &[u64; 4], helpers: &[u64; 4]) {
         let leaves = self.leaves.iter().map(|hole| (*hole, way_out));
         let loads = self
             .loads
             .iter()
             .map(|(hole, level)| (*hole, loaders[*level as usize]));
-        let probes = self
-            .probes
+        let calls = self
+            .calls
             .iter()
-            .map(|(hole, usage)| (*hole, probes[usize::from(*usage != Use::Read)]));
-        for (hole, to) in leaves.chain(loads).chain(probes) {
+            .map(|(hole, helper)| (*hole, helpers[helper.number()]));
+        for (hole, to) in leaves.chain(loads).chain(calls) {
             let distance = to.wrapping_sub(base + hole.0 as u64 + 4) as i32;
             self.bytes[hole.0..hole.0 + 4].copy_from_slice(&distance.to_le_bytes());
         }
@@ -153,7 +152,8 @@ pub(crate) struct Block {
     pub next_window: Option<u32>,
     pub windows_taken: u32,
     pub probes: Vec<Probe>,
-    pub probe_calls: Vec<(Hole, Use)>,
+    pub refills: Vec<Refill>,
+    pub calls: Vec<(Hole, Helper)>,
     pub recipes: Vec<Recipe>,
     /// The exit taken last for nothing but faults of the host: there is nothing to resume.
     pub fault_exit: Option<usize>,
@@ -235,7 +235,8 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         next_window: windows.then_some(manner.window),
         windows_taken: 0,
         probes: Vec::new(),
-        probe_calls: Vec::new(),
+        refills: Vec::new(),
+        calls: Vec::new(),
         recipes: Vec::new(),
         fault_exit: None,
         counted: 0,
@@ -561,7 +562,7 @@ impl Block {
             leaves: self.leaves,
             level,
             loads: self.loads,
-            probes: self.probe_calls,
+            calls: self.calls,
             windows: self.windows_taken,
             recipes: self.recipes,
             wants_recipe,

@@ -16,6 +16,7 @@ use std::mem::offset_of;
 
 use crate::asm::{Asm, at, shared, slot};
 use crate::memory::Bytes;
+use crate::refill;
 use crate::regs::SCRATCH;
 use crate::shared::{Shared, Slot};
 
@@ -121,13 +122,18 @@ fn filled(field: usize) -> MemoryOperand {
 /// Generates the functions that fill a window for reads and for writes; returns their positions.
 ///
 /// In: R15 the linear address of the first byte; ECX the number of bytes less one, and from bit 16 the
-/// window's number. Out: ZF if the bytes are in one page of level 1; then R15 is the first one's offset
+/// window's number. Out: ZF if the bytes are in one page that the TLB has; then R15 is the first one's offset
 /// in the page, and RCX the addend. They change nothing else.
-pub fn probes(a: &mut Asm) -> Result<[usize; 2], IcedError> {
-    Ok([probe(a, TLB_READ)?, probe(a, TLB_WRITE)?])
+///
+/// `refills`: what [`refill::refills`] has generated.
+pub fn probes(a: &mut Asm, refills: [usize; 2]) -> Result<[usize; 2], IcedError> {
+    Ok([
+        probe(a, TLB_READ, refills[0])?,
+        probe(a, TLB_WRITE, refills[1])?,
+    ])
 }
 
-fn probe(a: &mut Asm, tag: i64) -> Result<usize, IcedError> {
+fn probe(a: &mut Asm, tag: i64, refill: usize) -> Result<usize, IcedError> {
     use Code as C;
     use Register as R;
     let here = a.here();
@@ -166,6 +172,7 @@ fn probe(a: &mut Asm, tag: i64) -> Result<usize, IcedError> {
         Instruction::with2(C::Cmp_r64_rm64, R::RDX, at(R::RCX, tag)),
     )?;
     let miss = a.jne();
+    let hit = a.here();
     let size = size_of::<Window>().trailing_zeros();
     op(a, Instruction::with2(C::Shl_rm32_imm8, R::EAX, size))?;
     op(a, Instruction::with2(C::Movzx_r32_rm16, R::EDX, what))?;
@@ -186,10 +193,21 @@ fn probe(a: &mut Asm, tag: i64) -> Result<usize, IcedError> {
     op(a, Instruction::with2(C::And_rm32_imm32, R::R15D, 0xfff))?;
     // ZF, for the caller.
     op(a, Instruction::with2(C::Cmp_r32_rm32, R::EAX, R::EAX))?;
-    a.land(miss);
+    let done = a.here();
     for (place, r) in saved {
         a.load(r, slot(place))?;
     }
     a.put(&Instruction::with(C::Retnq))?;
+    a.land(miss);
+    a.store(slot(Slot::Probe3), SCRATCH)?;
+    a.mov(SCRATCH, R::RCX)?;
+    a.mov(R::RCX, R::RDX)?;
+    refill::call(a, refill);
+    a.mov(R::RCX, SCRATCH)?;
+    a.load(SCRATCH, slot(Slot::Probe3))?;
+    let found = a.jcc(4);
+    a.fill(found, hit);
+    let missed = a.jmp();
+    a.fill(missed, done);
     Ok(here)
 }

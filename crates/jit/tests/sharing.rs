@@ -415,3 +415,137 @@ fn many_groups_in_a_block() {
         },
     );
 }
+
+/// 4 MiB above the data, in the same entries of the TLB's level 1: the second page of data, then the first.
+const RIVAL: u64 = DATA + (4 << 20);
+
+fn map_rival(c: &mut Computer, rights: u64) {
+    c.put64(0x10_2000 + 2 * 8, 0x11_4000 | 7);
+    let table = 0x11_4000 + (RIVAL >> 12 & 511) * 8;
+    c.put64(table, (DATA + 0x1000) | rights);
+    c.put64(table + 8, DATA | rights);
+}
+
+/// Accesses that take an entry of level 1 from each other, in a loop and in what it calls.
+fn rivals(a: &mut CodeAssembler, rounds: u32) -> Result<(), IcedError> {
+    let mut top = a.create_label();
+    let mut f = a.create_label();
+    let mut end = a.create_label();
+    a.mov(rbx, DATA)?;
+    a.mov(rsi, RIVAL)?;
+    a.mov(r12d, rounds)?;
+    a.set_label(&mut top)?;
+    a.add(rax, qword_ptr(rbx + 8))?;
+    a.add(rax, qword_ptr(rbx + 16))?;
+    a.add(rdx, qword_ptr(rsi + r12 * 8))?;
+    a.call(f)?;
+    a.sub(r12d, 1)?;
+    a.jne(top)?;
+    a.jmp(end)?;
+    a.set_label(&mut f)?;
+    a.mov(qword_ptr(rsi + 24), rax)?;
+    a.add(qword_ptr(rbx + r12 * 8), rdx)?;
+    a.mov(r10, qword_ptr(rsi + 0xffc))?;
+    a.ret()?;
+    a.set_label(&mut end)
+}
+
+#[test]
+fn entries_that_made_room_are_found_again() {
+    let code = assemble(|a| rivals(a, 300));
+    let mut c = computer(&code);
+    map_rival(&mut c, 7);
+    c.cpu.state_changed();
+    translate(&mut c, ALWAYS);
+    support::finish(&mut c);
+    let left = c.cpu.translator_stats().unwrap().left;
+    // One access a round goes over the end of a page.
+    assert!((300..400).contains(&left), "{left}");
+    same_with(|c| map_rival(c, 7), |a| rivals(a, 300));
+}
+
+#[test]
+fn an_entry_that_made_room_has_lost_the_right_to_be_written() {
+    same_with(|c| map_rival(c, 5), |a| rivals(a, 300));
+    same_with(
+        |c| map_rival(c, 7),
+        |a| {
+            rivals(a, 9)?;
+            a.mov(
+                qword_ptr(0x11_4000 + (RIVAL >> 12 & 511) * 8),
+                DATA as i32 | 5,
+            )?;
+            a.invlpg(byte_ptr(rsi))?;
+            rivals(a, 9)
+        },
+    );
+}
+
+#[test]
+fn an_entry_that_made_room_is_another_pages() {
+    same_with(
+        |c| map_rival(c, 7),
+        |a| {
+            let mut again = a.create_label();
+            a.mov(r14d, 4)?;
+            a.set_label(&mut again)?;
+            rivals(a, 9)?;
+            a.xor(qword_ptr(0x11_4000 + (RIVAL >> 12 & 511) * 8), 0x1000)?;
+            a.invlpg(byte_ptr(rsi))?;
+            a.sub(r14d, 1)?;
+            a.jne(again)
+        },
+    );
+}
+
+#[test]
+fn an_entry_that_made_room_holds_code_now() {
+    // Each round writes a function through one address while the other's entry takes its place, calls it, and
+    // writes it anew.
+    same_with(
+        |c| map_rival(c, 7),
+        |a| {
+            let mut top = a.create_label();
+            a.mov(rbx, DATA)?;
+            a.mov(rsi, RIVAL)?;
+            a.mov(r12d, 30)?;
+            a.set_label(&mut top)?;
+            a.mov(dword_ptr(rsi + 64), 0xc300_c283u32)?;
+            a.mov(byte_ptr(rsi + 66), r12b)?;
+            a.add(qword_ptr(rbx + 8), rdx)?;
+            a.lea(rax, rbx + 0x1040)?;
+            a.call(rax)?;
+            a.add(rdx, qword_ptr(rbx + 16))?;
+            a.sub(r12d, 1)?;
+            a.jne(top)
+        },
+    );
+}
+
+#[test]
+fn entries_that_made_room_belong_to_an_address_space() {
+    // Another set of tables, in which the rival's pages change places.
+    let prepare = |c: &mut Computer| {
+        map_rival(c, 7);
+        for at in [0x11_0000, 0x11_1000] {
+            c.put64(at, (at + 0x1000) | 7);
+        }
+        c.put64(0x11_2000, 0x10_3000 | 7);
+        c.put64(0x11_2000 + 2 * 8, 0x11_5000 | 7);
+        let table = 0x11_5000 + (RIVAL >> 12 & 511) * 8;
+        c.put64(table, DATA | 7);
+        c.put64(table + 8, (DATA + 0x1000) | 7);
+    };
+    same_with(prepare, |a| {
+        let mut again = a.create_label();
+        a.mov(r13, 0x10_0000u64)?;
+        a.mov(r14, 0x11_0000u64)?;
+        a.mov(r15d, 6)?;
+        a.set_label(&mut again)?;
+        rivals(a, 9)?;
+        a.xchg(r13, r14)?;
+        a.mov(cr3, r13)?;
+        a.sub(r15d, 1)?;
+        a.jne(again)
+    });
+}

@@ -6,6 +6,7 @@
 mod flush;
 mod hit;
 pub(crate) mod operand;
+mod ready;
 pub(crate) mod slow;
 pub mod tlb;
 mod walk;

@@ -110,8 +110,14 @@ impl Cpu {
                 )
                 .is_ok();
         let key = if self.keys_apply(page) { page.key } else { 0 };
-        self.tlb
-            .fill(set, linear, host_page, (readable, writable), key);
+        self.tlb.fill(
+            set,
+            linear,
+            host_page,
+            (readable, writable),
+            key,
+            page.global,
+        );
     }
 
     /// #AC for an access that is not aligned to `alignment` while alignment checking is on (SDM

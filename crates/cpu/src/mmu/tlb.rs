@@ -14,6 +14,7 @@
 //! in level 2.
 
 use super::Page;
+use super::ready::{READY, Ready};
 
 /// Entries of one level-1 set.
 const L1: usize = 1024;
@@ -24,9 +25,9 @@ const KEYED: usize = 256;
 /// Entries for instruction fetch.
 const EXEC: usize = 1024;
 /// A tag nothing compares equal to.
-const INVALID: u64 = u64::MAX;
+pub(super) const INVALID: u64 = u64::MAX;
 /// The number of global pages.
-const GLOBAL: u64 = 0xffe;
+pub(super) const GLOBAL: u64 = 0xffe;
 /// The largest ordinary number.
 const LAST_ASN: u64 = 0xffd;
 
@@ -49,15 +50,16 @@ pub enum Set {
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
 pub(crate) struct Entry {
-    read: u64,
-    write: u64,
-    addend: u64,
-    reserved: u64,
+    pub(super) read: u64,
+    pub(super) write: u64,
+    pub(super) addend: u64,
+    /// Only in [`Ready`]: what it rests on.
+    pub(super) counts: u64,
 }
 
 /// The layout that translated code relies on.
 pub mod layout {
-    use super::{Entry, L1};
+    use super::{Entry, GLOBAL, INVALID, L1, READY};
     use std::mem::offset_of;
 
     /// An entry's offset from the set's beginning is `(linear address >> SHIFT) & MASK`.
@@ -70,13 +72,21 @@ pub mod layout {
     pub const WRITE: i64 = offset_of!(Entry, write) as i64;
     /// Offset of the addend.
     pub const ADDEND: i64 = offset_of!(Entry, addend) as i64;
+    /// The same as [`MASK`] for the entries behind level 1.
+    pub const READY_MASK: u32 = ((READY - 1) * size_of::<Entry>()) as u32;
+    /// Offset, there, of the counts that an entry rests on, of 32 bits each: for writes, and for all.
+    pub const COUNTS: i64 = offset_of!(Entry, counts) as i64;
+    /// The number of global pages, there.
+    pub const EVERYWHERE: u32 = GLOBAL as u32;
+    /// A tag nothing compares equal to; sign-extended.
+    pub const NO_TAG: i32 = INVALID as i32;
 }
 
 const EMPTY: Entry = Entry {
     read: INVALID,
     write: INVALID,
     addend: 0,
-    reserved: 0,
+    counts: 0,
 };
 
 /// A level-1 entry that holds a page with a protection key, or did.
@@ -107,6 +117,7 @@ struct Walked {
 #[derive(Debug)]
 pub struct Tlb {
     l1: Box<[[Entry; L1]; 4]>,
+    ready: Ready,
     l2: Box<[Walked]>,
     exec: Box<[[ExecEntry; EXEC]; 2]>,
     /// Entries of level 1 whose page has a key other than 0, so that a change of PKRU need not drop
@@ -135,6 +146,7 @@ impl Default for Tlb {
         by_pcid[0] = 1;
         Self {
             l1: Box::new([[EMPTY; L1]; 4]),
+            ready: Ready::default(),
             l2: vec![
                 Walked {
                     tag: INVALID,
@@ -165,11 +177,11 @@ impl Default for Tlb {
     }
 }
 
-fn index(linear: u64, size: usize) -> usize {
+pub(super) fn index(linear: u64, size: usize) -> usize {
     (linear >> 12) as usize & (size - 1)
 }
 
-fn page_of(linear: u64) -> u64 {
+pub(super) fn page_of(linear: u64) -> u64 {
     linear & !0xfff
 }
 
@@ -177,6 +189,7 @@ impl Tlb {
     /// Bytes of memory that the tables take.
     pub(crate) fn memory(&self) -> usize {
         size_of_val(&*self.l1)
+            + self.ready.memory()
             + size_of_val(&*self.l2)
             + size_of_val(&*self.exec)
             + size_of_val(&*self.by_pcid)
@@ -198,7 +211,7 @@ impl Tlb {
         (e.write == page_of(last) | self.asn).then(|| linear.wrapping_add(e.addend))
     }
     /// Fills a level-1 entry with a page's host address for reads and, if allowed, writes. `key`: the
-    /// protection key that allows them, 0 if none is looked at.
+    /// protection key that allows them, 0 if none is looked at. `global`: in every address space.
     pub fn fill(
         &mut self,
         set: Set,
@@ -206,6 +219,7 @@ impl Tlb {
         host_page: u64,
         (read, write): (bool, bool),
         key: u8,
+        global: bool,
     ) {
         if key != 0 && self.keyed.len() < KEYED {
             self.keyed.push(Keyed {
@@ -221,8 +235,11 @@ impl Tlb {
             read: if read { tag } else { INVALID },
             write: if write { tag } else { INVALID },
             addend: host_page.wrapping_sub(page),
-            reserved: 0,
+            counts: 0,
         };
+        if key == 0 {
+            self.ready.keep(set as usize, linear, e, self.asn, global);
+        }
     }
     /// The host page that instructions are fetched from, if known.
     #[inline(always)]
@@ -283,6 +300,11 @@ impl Tlb {
     pub fn level1(&self) -> u64 {
         self.l1[self.set as usize].as_ptr() as u64
     }
+    /// Address of the entries behind level 1 that the running code's accesses use, and what their counts
+    /// must be.
+    pub fn behind_level1(&mut self) -> (u64, u64) {
+        (self.ready.address(self.set as usize), self.ready.counts())
+    }
     /// How often entries of level 1 were dropped for what has happened, not to make room.
     pub fn drops(&self) -> u64 {
         self.drops
@@ -318,6 +340,7 @@ impl Tlb {
     }
     fn flush_data(&mut self) {
         self.drops += 1;
+        self.ready.clear();
         for set in self.l1.iter_mut() {
             set.fill(EMPTY);
         }
@@ -405,6 +428,7 @@ impl Tlb {
     }
     fn invalidate_piece(&mut self, linear: u64) {
         self.drops += 1;
+        self.ready.invalidate(linear);
         let page = page_of(linear);
         for set in self.l1.iter_mut() {
             let e = &mut set[index(linear, L1)];
@@ -426,6 +450,7 @@ impl Tlb {
     /// Drops the fast write entries of a host page, under every linear address: it now holds code.
     pub fn protect_host_page(&mut self, host_page: u64) {
         self.drops += 1;
+        self.ready.clear_writes();
         for set in self.l1[..3].iter_mut() {
             for e in set.iter_mut() {
                 if e.write != INVALID && page_of(e.write).wrapping_add(e.addend) == host_page {
