@@ -4,6 +4,10 @@
 //! destroys them, so before one it must be known how to get them back: most often by carrying out
 //! the last flag-setting instruction again (its *recipe*), which costs nothing unless somebody asks.
 //! Without a recipe they are kept by LAHF and SETO.
+//!
+//! A recipe is handed over at a link, too: the target is translated once more for those who come with
+//! that recipe ([`crate::table::Table::better_place`]), so a loop need not keep the flags of the branch
+//! that closes it.
 
 use iced_x86::{Code, IcedError, Instruction, Mnemonic, OpKind, Register};
 
