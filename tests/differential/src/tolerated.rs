@@ -487,6 +487,16 @@ pub const TOLERATED: &[Tolerated] = &[
         },
     },
     Tolerated {
+        name: "far calls at the top of 4 GiB",
+        reason: "a far call to 64-bit code that pushes to the last page of 4 GiB, where nothing is mapped, is \
+                 #PF; seen to be repeated for ever on an AMD host",
+        applies: |s| {
+            let top =
+                matches!(&s.guest.end, End::Exception { cr2: Some(a), .. } if a >> 12 == 0xf_ffff);
+            s.host.end == End::Endless && s.insn.is_call_far() && top
+        },
+    },
+    Tolerated {
         name: "past the last byte of 4 GiB",
         reason: "whether an access that wraps around a segment of 4 GiB faults is the \
                  implementation's (SDM Vol. 3, 5.3)",

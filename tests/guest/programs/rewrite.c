@@ -202,7 +202,7 @@ static int in_itself(u8 *both, u32 rounds)
 /* What threads share. */
 static u8 *shared_writable, *shared_executable;
 static volatile u32 published, taken, failed, done;
-#define PUBLISHED 20000
+#define PUBLISHED 2000
 
 /* mov eax, n; ret in eight bytes that one store replaces. */
 static u64 word(u32 n)
