@@ -38,6 +38,7 @@ pub mod translate;
 mod vectors;
 mod views;
 mod window;
+mod x87;
 
 use std::fs::File;
 use std::io;
@@ -91,7 +92,7 @@ pub struct Jit {
     /// `extern "sysv64" fn(entry, *mut Shared)`.
     enter: u64,
     leave: u64,
-    loaders: [u64; 4],
+    loaders: [u64; 5],
     helpers: [u64; 4],
     /// The windows that are taken next, by supervisor and user code.
     next_window: [u32; 2],
@@ -255,6 +256,7 @@ impl Jit {
             Translated {
                 checked: base + t.checked as u64,
                 warm: base + t.warm as u64,
+                x87: t.x87,
                 plain: base + t.plain as u64,
                 insns,
                 bytes,

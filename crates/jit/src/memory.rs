@@ -104,6 +104,14 @@ impl Address {
         }
     }
 
+    /// The offset in the segment, as an address.
+    pub fn offset(&self) -> Self {
+        Self {
+            segment: None,
+            ..*self
+        }
+    }
+
     /// The low bits of the TLB tag it needs.
     fn asn(&self) -> Slot {
         match self.segment {

@@ -97,8 +97,7 @@ impl Plan {
         for used in info.used_registers() {
             let r = used.register();
             if !r.is_gpr() {
-                let known =
-                    r.is_segment_register() || r.is_ip() || r.is_vector_register() || r.is_k();
+                let known = r.is_segment_register() || r.is_ip() || is_renamed_nowhere(r);
                 if !known {
                     return None;
                 }
@@ -168,7 +167,7 @@ impl Plan {
     }
 
     fn rename(&mut self, i: u32, r: Register, access: OpAccess) -> Option<()> {
-        if r.is_vector_register() || r.is_k() {
+        if is_renamed_nowhere(r) {
             return Some(());
         }
         if !r.is_gpr() {
@@ -286,6 +285,11 @@ impl Plan {
             .all(|i| self.insn.op_kind(i) != OpKind::Register || legacy(self.insn.op_register(i)))
             && self.lea.is_none()
     }
+}
+
+/// Registers that are the host's of the same name.
+fn is_renamed_nowhere(r: Register) -> bool {
+    r.is_vector_register() || r.is_k() || r.is_mm() || r.is_st()
 }
 
 fn is_shift(m: Mnemonic) -> bool {

@@ -14,6 +14,7 @@ use crate::shared::Shared;
 use crate::table::APART;
 use crate::translate::{self, Wish};
 use crate::vectors::Level;
+use crate::x87;
 
 impl Translator for Jit {
     fn stats(&self) -> TranslatorStats {
@@ -191,6 +192,7 @@ impl Jit {
             return false;
         }
         s.allow = [Level::Sse, Level::Avx, Level::Avx512].map(|l| u64::from(l <= available));
+        s.x87.allow = x87::allowed(&cpu.state).into();
         s.load = self.loaders[level as usize];
         s.windows
             .empty_if_changed(cpu.mode().user(), cpu.tlb_state());

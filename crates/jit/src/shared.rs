@@ -8,6 +8,7 @@ use anykvm_cpu::state::CpuState;
 use crate::sharing::GROUPS;
 use crate::views::Jump;
 use crate::window::Windows;
+use crate::x87::X87;
 
 /// See the module's description; [`Slot`] has the fields' offsets.
 #[derive(Debug)]
@@ -72,6 +73,8 @@ pub struct Shared {
     pub kept: [u64; GROUPS],
     /// See [`crate::window`].
     pub windows: Windows,
+    /// See [`crate::x87`].
+    pub x87: X87,
 }
 
 /// Offsets in [`Shared`].

@@ -11,7 +11,7 @@ use crate::shared::Slot;
 use crate::sharing::must_be_aligned;
 use crate::translate::{Block, Done, Site};
 use crate::vectors::Level;
-use crate::{divide, stack, strings};
+use crate::{divide, stack, strings, x87};
 
 pub(crate) const STATUS: u32 = RflagsBits::OF
     | RflagsBits::SF
@@ -234,6 +234,7 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
     for s in plan.spills().filter(|s| s.written) {
         b.a.store(slot(s.slot), s.scratch)?;
     }
+    x87::note(b, insn, site)?;
     if changes_flags {
         b.flags = Flags::Host(if replaces_flags || kept {
             recipe(&out, kept)

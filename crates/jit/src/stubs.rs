@@ -9,7 +9,7 @@ use crate::flags::load_flags;
 use crate::regs::{Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
 use crate::vectors;
-use crate::{refill, window};
+use crate::{refill, window, x87};
 
 /// Host registers the C ABI wants back.
 const SAVED: [Register; 6] = [
@@ -23,8 +23,9 @@ const SAVED: [Register; 6] = [
 
 /// The stubs' code, and where the way out begins.
 pub struct Stubs {
-    /// Functions that load the vector registers up to a level, indexed by it; the first does nothing.
-    pub loaders: [usize; 4],
+    /// Functions that load the vector registers up to a level, indexed by it; the first does nothing. The
+    /// last one loads the x87 state ([`x87::LOADER`]).
+    pub loaders: [usize; 5],
     /// The code.
     pub bytes: Vec<u8>,
     /// Position of `extern "sysv64" fn(entry, *mut Shared)`.
@@ -46,6 +47,7 @@ pub fn stubs() -> Result<Stubs, IcedError> {
     let nothing = a.here();
     a.put(&Instruction::with(Code::Retnq))?;
     let [sse, avx, avx512] = vectors::loaders(&mut a)?;
+    let x87 = x87::loader(&mut a)?;
     let refills = refill::refills(&mut a)?;
     let probes = window::probes(&mut a, refills)?;
     let enter = a.here();
@@ -87,6 +89,7 @@ pub fn stubs() -> Result<Stubs, IcedError> {
             }
         }
     }
+    x87::store(&mut a)?;
     vectors::store(&mut a)?;
     a.put(&Instruction::with1(Code::Pop_r64, Register::RAX)?)?;
     a.put(&Instruction::with1(Code::Wrgsbase_r64, Register::RAX)?)?;
@@ -96,7 +99,7 @@ pub fn stubs() -> Result<Stubs, IcedError> {
     a.put(&Instruction::with(Code::Retnq))?;
     Ok(Stubs {
         helpers: [probes[0], probes[1], refills[0], refills[1]],
-        loaders: [nothing, sse, avx, avx512],
+        loaders: [nothing, sse, avx, avx512, x87],
         bytes: a.into_bytes(),
         enter,
         leave,

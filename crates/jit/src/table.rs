@@ -20,6 +20,8 @@ pub struct Translated {
     pub checked: u64,
     /// The same where the vector registers it needs are in the host's.
     pub warm: u64,
+    /// It needs the x87 state loaded.
+    pub x87: bool,
     /// Entry point for linked branches that lead forward.
     pub plain: u64,
     /// The guest's instructions.
@@ -228,10 +230,11 @@ impl Table {
             return None;
         };
         let from = self.get(e.translation)?;
-        let (from, level) = (from.host, from.level);
+        let (from, level, x87) = (from.host, from.level, from.x87);
         let target = self.all.get_mut(to as usize)?.as_mut()?;
         // Each loop of linked branches has one that does not lead forward.
-        let entry = match (level >= target.level, target.host > from) {
+        let loaded = level >= target.level && x87 >= target.x87;
+        let entry = match (loaded, target.host > from) {
             (true, true) => target.plain,
             (true, false) => target.warm,
             (false, _) => target.checked,

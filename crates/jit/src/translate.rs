@@ -20,6 +20,7 @@ use crate::sharing::Sharing;
 use crate::simple;
 use crate::system;
 use crate::vectors::Level;
+use crate::x87;
 
 /// What an exit asks of the translator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +65,8 @@ pub struct Translation {
     pub checked: usize,
     /// The same where the vector registers it needs are in the host's.
     pub warm: usize,
+    /// It needs the x87 state loaded.
+    pub x87: bool,
     /// The same again for branches that cannot close a loop: nothing is looked at.
     pub plain: usize,
     /// The exits, in the order of their numbers.
@@ -74,8 +77,8 @@ pub struct Translation {
     pub leaves: Vec<Hole>,
     /// The vector registers it needs; the entry points see to it themselves.
     pub level: Level,
-    /// Calls of the functions that load vector registers.
-    pub loads: Vec<(Hole, Level)>,
+    /// Calls of the functions that load registers, and which.
+    pub loads: Vec<(Hole, usize)>,
     /// Calls of helpers.
     pub(crate) calls: Vec<(Hole, Helper)>,
     /// How many windows it has taken.
@@ -91,12 +94,9 @@ pub struct Translation {
 impl Translation {
     /// Leads the jumps to the common way out and the calls to the loaders of vector registers; the code
     /// is about to stand at `base`.
-    pub fn connect(&mut self, base: u64, way_out: u64, loaders: &[u64; 4], helpers: &[u64; 4]) {
+    pub fn connect(&mut self, base: u64, way_out: u64, loaders: &[u64; 5], helpers: &[u64; 4]) {
         let leaves = self.leaves.iter().map(|hole| (*hole, way_out));
-        let loads = self
-            .loads
-            .iter()
-            .map(|(hole, level)| (*hole, loaders[*level as usize]));
+        let loads = self.loads.iter().map(|(hole, n)| (*hole, loaders[*n]));
         let calls = self
             .calls
             .iter()
@@ -136,14 +136,16 @@ pub(crate) struct Block {
     accesses: Vec<(usize, usize)>,
     /// Positions of accesses, and where to go on if they fault.
     resumptions: Vec<(usize, usize)>,
-    loads: Vec<(Hole, Level)>,
+    pub loads: Vec<(Hole, usize)>,
     first_exit: u32,
     /// Offset of the block's first byte in its page.
-    start: i64,
+    pub start: i64,
     /// The size of addresses, of the stack's entries and of the instruction pointer.
     pub word: Word,
     /// CPL 0.
     pub supervisor: bool,
+    /// It needs the x87 state loaded. Then it is never resumed, because only entry points load that.
+    x87: bool,
     /// Which accesses share a check.
     pub sharing: Sharing,
     /// Groups that have been checked, and where their addends are.
@@ -226,6 +228,9 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         start: start as i64,
         word: insns.first().map_or(Word::Quad, Word::of),
         supervisor: manner.supervisor,
+        x87: insns
+            .iter()
+            .any(|i| x87::belongs(&i.raw) && x87::executes(&i.raw)),
         sharing: if manner.apart {
             Sharing::none()
         } else {
@@ -244,6 +249,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
     let level = extent::level(insns);
     // JRCXZ reaches only a short way; so these are in front of it.
     let load = b.vector_loader(level)?;
+    let x87 = if b.x87 { Some(b.x87_loader()?) } else { None };
     let island = b.a.jmp();
     let checked = b.a.here();
     if level != Level::None {
@@ -253,6 +259,9 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         if let Some(back) = load.back {
             b.a.fill(back, here);
         }
+    }
+    if let Some(loader) = &x87 {
+        b.x87_test(loader)?;
     }
     let warm = b.a.here();
     b.a.load(POINTER, slot(Slot::Go))?;
@@ -351,7 +360,7 @@ impl Block {
         self.a.load(POINTER, slot(level.allowed()))?;
         self.a.jrcxz_back(start);
         let call = self.a.call();
-        self.loads.push((call, level));
+        self.loads.push((call, level as usize));
         let back = self.a.jmp();
         let exit = self.new_exit(Wish::Block);
         self.cold.push(Cold {
@@ -445,6 +454,9 @@ impl Block {
 
     /// After the interpreter has carried out the instruction of this exit, go on here.
     pub fn resume_here(&mut self, exit: usize) {
+        if self.x87 {
+            return;
+        }
         if self.fault_exit == Some(exit) {
             return;
         }
@@ -556,6 +568,7 @@ impl Block {
             bytes: self.a.into_bytes(),
             checked: entries[0],
             warm: entries[1],
+            x87: self.x87,
             plain: entries[2],
             exits: self.exits,
             crossings: self.crossings,

@@ -18,6 +18,7 @@ use iced_x86::{
 use crate::asm::{Asm, Hole, at, slot};
 use crate::regs::SCRATCH;
 use crate::shared::Slot;
+use crate::x87;
 
 /// Which vector registers something needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,8 +83,11 @@ impl Level {
             raw.mnemonic(),
             Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
         );
-        if registers().any(|r| r.is_mm() || r.is_st()) || is_x87(raw) || control {
+        if control {
             return None;
+        }
+        if x87::belongs(raw) {
+            return x87::executes(raw).then_some(Self::Sse);
         }
         if matches!(raw.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) {
             return Some(Self::Avx);
@@ -122,15 +126,6 @@ fn computes_in_general_registers(raw: &Instruction) -> bool {
                     | F::RDSEED
             )
         })
-}
-
-/// Whether the instruction belongs to the x87 or MMX, whose registers stay in the state.
-fn is_x87(raw: &Instruction) -> bool {
-    use CpuidFeature as F;
-    raw.cpuid_features()
-        .iter()
-        .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX))
-        || raw.mnemonic() == Mnemonic::Fisttp
 }
 
 /// Whether the memory operand has to be aligned, or may have to be: then the interpreter decides.
