@@ -77,7 +77,7 @@ impl Helper {
 
 impl Block {
     /// What misses a check is looked up behind level 1; what is not there either goes to a cold piece.
-    fn refill_or(&mut self, misses: Misses, usage: Use, otherwise: usize) {
+    pub fn refill_or(&mut self, misses: Misses, usage: Use, otherwise: usize) {
         self.cold[otherwise].holes.extend(misses.unaligned);
         self.refills.push(Refill {
             misses,

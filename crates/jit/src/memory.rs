@@ -240,13 +240,6 @@ pub struct Misses {
     pub back: usize,
 }
 
-impl Misses {
-    /// Both branches.
-    pub fn all(self) -> impl Iterator<Item = Hole> {
-        self.unaligned.into_iter().chain([self.miss])
-    }
-}
-
 /// Emits the TLB check of bytes of one page. Destroys the flags, RCX and R15; leaves the addend in RCX.
 pub fn check(a: &mut Asm, address: &Address, bytes: &Bytes) -> Result<Misses, IcedError> {
     address.compute(a, SCRATCH, bytes.from)?;

@@ -14,7 +14,7 @@ use iced_x86::{Code, IcedError, Instruction, Register};
 use crate::asm::{Hole, at, slot};
 use crate::flags::Flags;
 use crate::legacy::{Word, low_half};
-use crate::memory::{self, Address, Bytes, Use};
+use crate::memory::{self, Address, Bytes, Misses, Use};
 use crate::regs::{GUEST_RCX, POINTER, SCRATCH};
 use crate::shared::Slot;
 use crate::translate::{Block, Done, Site};
@@ -85,7 +85,7 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
     b.flags = Flags::Host(None);
     b.flags.release(&mut b.a)?;
     let mut leave = vec![unless_forward(b)?];
-    let mut end = Vec::new();
+    let (mut end, mut missed) = (Vec::new(), Vec::new());
     let top = b.a.here();
     if insn.rep() {
         let count = part(b.word, GUEST_RCX);
@@ -93,9 +93,9 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
         put2(b, of_word(b.word, test), count, count)?;
         end.push(b.a.jcc(EQUAL));
     }
-    check(b, Register::RDI, Use::Write, op, Slot::Entry, &mut leave)?;
+    check(b, Register::RDI, Use::Write, op, Slot::Entry, &mut missed)?;
     if op.moves {
-        check(b, Register::RSI, Use::Read, op, Slot::Target, &mut leave)?;
+        check(b, Register::RSI, Use::Read, op, Slot::Target, &mut missed)?;
     }
     if insn.rep() {
         load_piece(b, op)?;
@@ -121,6 +121,9 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
     end_piece(b, op, insn.rep())?;
     leave.push(b.a.jmp());
     let exit = b.leave_from(leave, site);
+    for (misses, usage) in missed {
+        b.refill_or(misses, usage, b.cold.len() - 1);
+    }
     for hole in end {
         b.a.land(hole);
     }
@@ -165,7 +168,7 @@ fn check(
     usage: Use,
     op: Operation,
     addend: Slot,
-    leave: &mut Vec<Hole>,
+    missed: &mut Vec<(Misses, Use)>,
 ) -> Result<(), IcedError> {
     let address = Address::stack(register, 0, b.word);
     let bytes = Bytes {
@@ -175,7 +178,7 @@ fn check(
         align: 1,
     };
     let misses = memory::check(&mut b.a, &address, &bytes)?;
-    leave.extend(misses.all());
+    missed.push((misses, usage));
     b.a.store(slot(addend), POINTER)
 }
 
