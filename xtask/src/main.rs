@@ -1,10 +1,11 @@
-//! The project's chores: `cargo xtask demo | test | stress | selftests | bench | diff | fuzz | docs |
-//! golden`.
+//! The project's chores: `cargo xtask demo | test | stress | selftests | kvm-ioctls | bench | diff | fuzz |
+//! docs | golden`.
 
 #![forbid(unsafe_code)]
 
 mod bench;
 mod build;
+mod crate_tests;
 mod demo;
 mod diff;
 mod e2e;
@@ -36,6 +37,8 @@ enum Task {
     Test(e2e::TestArgs),
     /// Run stress-ng on four processors, each stressor for a given time
     Stress(e2e::StressArgs),
+    /// Run the tests of the crate kvm-ioctls
+    KvmIoctls,
     /// Run KVM's own test programs
     Selftests(selftests::SelftestArgs),
     /// Measure; without a word what, everything, and write docs/benchmarks.md and docs/benchmarks.svg
@@ -69,6 +72,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => e2e::run(&args),
         Task::Stress(args) => e2e::stress(&args),
+        Task::KvmIoctls => crate_tests::run(),
         Task::Selftests(args) => selftests::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Diff(args) => diff::run(&args),

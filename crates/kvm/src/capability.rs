@@ -8,6 +8,7 @@ use anykvm_abi::*;
 use crate::error::{Errno, Result};
 use crate::irq::Controllers;
 use crate::memory::{ADDRESS_SPACES, MEMORY_SLOTS};
+use crate::nested;
 use crate::vm::{MAX_VCPU_IDS, MAX_VCPUS, Vm};
 
 /// A capability's value.
@@ -138,12 +139,15 @@ const TABLE: &[(u32, Value)] = &[
     (KVM_CAP_CHECK_EXTENSION_VM, Is(1)),
     (KVM_CAP_BINARY_STATS_FD, Is(1)),
     (KVM_CAP_SYS_ATTRIBUTES, Is(1)),
+    (KVM_CAP_NESTED_STATE, Is(nested::SIZE as u32)),
     (KVM_CAP_XEN_HVM, Is(KVM_XEN_HVM_CONFIG_HYPERCALL_MSR)),
 ];
 
+/// As many as the host has processors; but four at least, which is what monitors assume if they are told
+/// nothing (KVM API, 4.7).
 fn recommended_vcpus() -> u32 {
     let host = std::thread::available_parallelism().map_or(1, |n| n.get());
-    host.min(MAX_VCPUS) as u32
+    host.clamp(4, MAX_VCPUS) as u32
 }
 
 /// KVM_CHECK_EXTENSION; 0 for what there is not.
@@ -358,6 +362,6 @@ mod tests {
         }
         assert_eq!(check_extension(0xffff), 0);
         assert_eq!(check_extension(u64::from(KVM_CAP_IRQCHIP) | 1 << 32), 0);
-        assert_eq!(check_extension(u64::from(KVM_CAP_NESTED_STATE)), 0);
+        assert_eq!(check_extension(u64::from(KVM_CAP_GUEST_MEMFD)), 0);
     }
 }

@@ -90,6 +90,7 @@ mod memory;
 mod memory_alias;
 mod msr;
 mod msr_filter;
+mod nested;
 mod object;
 mod paravirt;
 #[cfg(test)]

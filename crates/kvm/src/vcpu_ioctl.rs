@@ -73,6 +73,8 @@ impl Vcpu {
                 self.smi();
                 Ok(0.into())
             }
+            KVM_GET_NESTED_STATE => done(self.ioctl_get_nested_state(arg, user)),
+            KVM_SET_NESTED_STATE => done(self.ioctl_set_nested_state(arg, user)),
             KVM_SET_SIGNAL_MASK => done(self.ioctl_signal_mask(arg, user)),
 
             KVM_SET_CPUID => done(self.ioctl_set_cpuid(arg, user)),

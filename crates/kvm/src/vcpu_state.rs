@@ -282,7 +282,8 @@ impl Vcpu {
         kvm_translation {
             linear_address: linear,
             physical_address: physical.unwrap_or(u64::MAX),
-            valid: physical.is_some().into(),
+            // Without paging every address is its own; KVM says "none" by the highest.
+            valid: physical.is_some_and(|p| p != u64::MAX).into(),
             writeable: 1,
             usermode: 0,
             ..Default::default()

@@ -147,6 +147,13 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
         needs: Needs::Guest,
         body: Box::new(|bench, _| crate::selftests::short(&bench.anykvm)),
     });
+    tests.push(Test {
+        name: "kvm-ioctls".to_owned(),
+        cpus: 2,
+        limit: Duration::from_secs(15 * 60),
+        needs: Needs::Guest,
+        body: Box::new(|bench, _| crate::crate_tests::check(&bench.anykvm)),
+    });
     tests.retain(|test| {
         args.filters.is_empty() || args.filters.iter().any(|filter| test.name.contains(filter))
     });

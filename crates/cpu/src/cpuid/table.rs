@@ -73,6 +73,7 @@ features! {
     SSSE3: 1, 0, Ecx, 9, Host, [SSSE3], "SSSE3 instructions";
     FMA: 1, 0, Ecx, 12, HostYmm, [FMA], "fused multiply-add";
     CX16: 1, 0, Ecx, 13, Host, [CMPXCHG16B], "CMPXCHG16B";
+    PDCM: 1, 0, Ecx, 15, Owner, [], "IA32_PERF_CAPABILITIES, which is 0";
     PCID: 1, 0, Ecx, 17, Always, [], "process-context identifiers";
     SSE4_1: 1, 0, Ecx, 19, Host, [SSE4_1], "SSE4.1 instructions";
     SSE4_2: 1, 0, Ecx, 20, Host, [SSE4_2], "SSE4.2 instructions";

@@ -42,6 +42,7 @@ pub mod index {
     pub const PLATFORM_INFO: u32 = 0xce;
     pub const UMWAIT_CONTROL: u32 = 0xe1;
     pub const POWER_CTL: u32 = 0x1fc;
+    pub const PERF_CAPABILITIES: u32 = 0x345;
     pub const MTRR_CAP: u32 = 0xfe;
     pub const ARCH_CAPABILITIES: u32 = 0x10a;
     pub const FLUSH_CMD: u32 = 0x10b;

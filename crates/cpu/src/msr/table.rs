@@ -101,6 +101,7 @@ pub(super) const STATE: &[Kept] = &[
     kept("IA32_BIOS_SIGN_ID", i::UCODE_REV, Writes::HostElseDropped, &[], |m| &mut m.ucode_rev),
     kept("MSR_PLATFORM_INFO", i::PLATFORM_INFO, Writes::HostOnly, &[], |m| &mut m.platform_info),
     kept("MSR_POWER_CTL", i::POWER_CTL, Writes::Anything, &[], |m| &mut m.power_ctl),
+    kept("IA32_PERF_CAPABILITIES", i::PERF_CAPABILITIES, Writes::Bits(0), &[feature::PDCM], |m| &mut m.perf_capabilities),
     kept("IA32_UMWAIT_CONTROL", i::UMWAIT_CONTROL, Writes::Bits(0xffff_fffd), &[feature::WAITPKG], |m| &mut m.umwait_control),
     kept("IA32_ARCH_CAPABILITIES", i::ARCH_CAPABILITIES, Writes::HostOnly, &[feature::ARCH_CAPABILITIES], |m| &mut m.arch_capabilities),
     kept("IA32_XSS", i::XSS, Writes::Bits(0), &[feature::XSAVES], |m| &mut m.xss),
@@ -192,6 +193,7 @@ pub const ARCH_CAPABILITIES: u64 = 1
 pub const FEATURES: &[(u32, u64)] = &[
     (i::UCODE_REV, 0x1_0000_0000),
     (i::ARCH_CAPABILITIES, ARCH_CAPABILITIES),
+    (i::PERF_CAPABILITIES, 0),
     (i::DE_CFG, 2),
 ];
 

@@ -30,9 +30,9 @@ fn check_extension_on_both_descriptors() {
         (KVM_CAP_X2APIC_API, 3),
         (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 3),
         (KVM_CAP_XEN_HVM, 1),
+        (KVM_CAP_NESTED_STATE, 128),
         // Not there.
         (KVM_CAP_S390_PSW, 0),
-        (KVM_CAP_NESTED_STATE, 0),
         (KVM_CAP_DIRTY_LOG_RING, 0),
         (KVM_CAP_GUEST_MEMFD, 0),
         (0x7fff_ffff, 0),
