@@ -212,6 +212,9 @@ impl Cpu {
     /// Translates for KVM_TRANSLATE: with supervisor rights, setting accessed flags; `None` if
     /// there is no translation.
     pub fn translate_debug(&mut self, linear: u64) -> Option<u64> {
+        if self.state.cr0 & cr0::PG == 0 {
+            return Some(linear);
+        }
         let page = self.walk(linear, Access::default()).ok()?;
         Some(page.gpa | linear & 0xfff)
     }

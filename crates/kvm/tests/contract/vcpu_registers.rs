@@ -283,6 +283,13 @@ fn translation_without_paging_is_the_identity() {
         (t.physical_address, t.valid, t.writeable, t.usermode),
         (0x12345, 1, 1, 0)
     );
+    // The highest address is how KVM says that there is no translation.
+    let highest = v.f.user.at(&kvm_translation {
+        linear_address: u64::MAX,
+        ..Default::default()
+    });
+    assert_eq!(v.call(KVM_TRANSLATE, highest), Ok(0));
+    assert_eq!(v.f.user.value::<kvm_translation>(highest).valid, 0);
     // With paging and no page tables in RAM there is no translation.
     let s = long_mode(v.get(KVM_GET_SREGS));
     assert_eq!(v.set(KVM_SET_SREGS, &s), Ok(0));
