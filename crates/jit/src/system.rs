@@ -77,7 +77,8 @@ fn pushf(b: &mut Block, site: Site) -> Result<Done, IcedError> {
     stack::end_push(b, checked.exit)
 }
 
-/// The guest's counter is the host's times a ratio with 48 binary places, plus an offset.
+/// The guest's counter is the host's times a ratio with 48 binary places, plus an offset; read when
+/// everything before it has been done, as [`anykvm_cpu::host_tsc`] does.
 fn rdtsc(b: &mut Block) -> Result<Done, IcedError> {
     use Code as C;
     use Register as R;
@@ -88,6 +89,7 @@ fn rdtsc(b: &mut Block) -> Result<Done, IcedError> {
     let ratio = field(offset_of!(CpuState, tsc_ratio));
     let offset = field(offset_of!(CpuState, tsc_offset));
     for insn in [
+        Instruction::with(C::Lfence),
         Instruction::with(C::Rdtsc),
         Instruction::with2(C::Shl_rm64_imm8, R::RDX, 32)?,
         Instruction::with2(C::Or_r64_rm64, R::RAX, R::RDX)?,
