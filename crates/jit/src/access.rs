@@ -142,7 +142,7 @@ impl Block {
             Some((member, group)) if member.is(address, size) => {
                 let group = group.clone();
                 if group.is_shared() {
-                    self.check_shared(address, member, &group, site)
+                    self.check_shared(address, &bytes, member, &group, site)
                 } else {
                     self.check_alone(address, &bytes, site)
                 }
@@ -193,28 +193,32 @@ impl Block {
     fn check_shared(
         &mut self,
         address: &Address,
+        bytes: &Bytes,
         member: Member,
         group: &Group,
         site: Site,
     ) -> Result<Checked, IcedError> {
         if group.first == site.k {
-            let bytes = Bytes {
+            let all = Bytes {
                 from: -member.offset,
                 count: group.span(),
                 usage: group.usage,
                 align: group.align,
             };
             self.flags.release_by_scratch(&mut self.a)?;
-            let addend = self.check_group(address, &bytes, group.number, site)?;
+            let addend = self.check_group(address, &all, group.number, site)?;
             self.addends.push((member.group, addend));
         }
         let kept = self.addends.iter().rev().find(|(g, _)| *g == member.group);
-        let addend = kept.map(|(_, place)| *place);
+        let Some(addend) = kept.map(|(_, place)| *place) else {
+            // The first access's instruction was left to the interpreter.
+            return self.check_once(address, bytes, site);
+        };
         let exit = self.leave_from(Vec::new(), site);
         self.fault_exit = Some(exit);
         Ok(Checked {
             address: *address,
-            addend,
+            addend: Some(addend),
             exit,
         })
     }
