@@ -42,7 +42,8 @@ pub(crate) struct Probe {
     from: Hole,
     /// Where to go on.
     back: usize,
-    window: u32,
+    /// The window, and the size it is for.
+    window: (u32, usize),
     bytes: Bytes,
     /// Where to go if the bytes are not in the TLB: index in the list of cold pieces.
     miss: usize,
@@ -176,12 +177,12 @@ impl Block {
         bytes: &Bytes,
         site: Site,
     ) -> Result<Checked, IcedError> {
-        let Some(number) = self.new_window() else {
+        let Some(window) = self.new_window(bytes) else {
             return self.check_once(address, bytes, site);
         };
         self.flags.release_by_scratch(&mut self.a)?;
         let exit = self.leave_from(Vec::new(), site);
-        self.check_window(address, bytes, number, self.cold.len() - 1)?;
+        self.check_window(address, bytes, window, self.cold.len() - 1)?;
         Ok(Checked {
             address: *address,
             addend: None,
@@ -232,10 +233,10 @@ impl Block {
         site: Site,
     ) -> Result<i64, IcedError> {
         let fail = self.apart_from(site);
-        let place = match self.new_window() {
-            Some(n) => {
-                self.check_window(address, bytes, n, fail)?;
-                window::addend(n)
+        let place = match self.new_window(bytes) {
+            Some(window) => {
+                self.check_window(address, bytes, window, fail)?;
+                window::addend(window.0)
             }
             None => {
                 let misses = memory::check(&mut self.a, address, bytes)?;
@@ -273,18 +274,18 @@ impl Block {
         &mut self,
         address: &Address,
         bytes: &Bytes,
-        number: u32,
+        window: (u32, usize),
         miss: usize,
     ) -> Result<(), IcedError> {
         address.compute(&mut self.a, SCRATCH, bytes.from)?;
-        window::compare(&mut self.a, number)?;
+        window::compare(&mut self.a, window.0)?;
         // Not below the limit.
         let from = self.a.jcc(3);
-        self.a.load(POINTER, shared(window::addend(number)))?;
+        self.a.load(POINTER, shared(window::addend(window.0)))?;
         self.probes.push(Probe {
             from,
             back: self.a.here(),
-            window: number,
+            window,
             bytes: *bytes,
             miss,
         });
@@ -293,13 +294,9 @@ impl Block {
         Ok(())
     }
 
-    /// A window, if the block is to use windows.
-    fn new_window(&mut self) -> Option<u32> {
-        let n = self.next_window.as_mut()?;
-        let taken = *n;
-        *n = window::after(taken);
-        self.windows_taken += 1;
-        Some(taken)
+    /// A window for an access and the size it is for, if the block is to use windows and one is left.
+    fn new_window(&mut self, bytes: &Bytes) -> Option<(u32, usize)> {
+        self.windows.as_mut()?.take(bytes)
     }
 
     /// Emits the out-of-line pieces that fill windows and entries.
@@ -307,7 +304,8 @@ impl Block {
         self.emit_refills();
         for probe in std::mem::take(&mut self.probes) {
             self.a.land(probe.from);
-            window::prepare_probe(&mut self.a, probe.window, &probe.bytes)?;
+            let (number, size) = probe.window;
+            window::prepare_probe(&mut self.a, number, size, &probe.bytes)?;
             let call = self.a.call();
             self.calls.push((call, Helper::Probe(probe.bytes.usage)));
             let miss = self.a.jne();

@@ -95,7 +95,7 @@ pub struct Jit {
     loaders: [u64; 5],
     helpers: [u64; 4],
     /// The windows that are taken next, by supervisor and user code.
-    next_window: [u32; 2],
+    next_windows: [window::Next; 2],
     table: Table,
     accesses: CodeMap,
     views: Views,
@@ -151,7 +151,7 @@ impl Jit {
             leave: base + stubs.leave as u64,
             loaders: stubs.loaders.map(|at| base + at as u64),
             helpers: stubs.helpers.map(|at| base + at as u64),
-            next_window: [0, window::WINDOWS as u32],
+            next_windows: Default::default(),
             table: Table::default(),
             accesses,
             views: Views::default(),
@@ -218,18 +218,21 @@ impl Jit {
     ) -> Option<u32> {
         let start = place.0 % 4096;
         let counter = self.profile.as_mut().map(Profile::counter);
-        let next_window = &mut self.next_window[usize::from(mode.user())];
+        let next_windows = &mut self.next_windows[usize::from(mode.user())];
         let manner = Manner {
             first_exit: self.table.next_exit(),
             count: self.options.count,
             executions: counter.map(|c| c.1),
             apart: place.1 & APART != 0,
             supervisor: mode.cpl0(),
-            window: *next_window,
+            windows: *next_windows,
+            user: mode.user(),
             recipe,
         };
         let mut t = translate::translate(&insns, start, manner).ok()?;
-        (0..t.windows).for_each(|_| *next_window = window::after(*next_window));
+        if let Some(next) = t.windows {
+            *next_windows = next;
+        }
         let room = Cache::room(t.bytes.len());
         if !self.account.take(room) {
             if self.account.could_take(self.cache.kept() + room) {

@@ -20,6 +20,7 @@ use crate::sharing::Sharing;
 use crate::simple;
 use crate::system;
 use crate::vectors::Level;
+use crate::window;
 use crate::x87;
 
 /// What an exit asks of the translator.
@@ -81,8 +82,8 @@ pub struct Translation {
     pub loads: Vec<(Hole, usize)>,
     /// Calls of helpers.
     pub(crate) calls: Vec<(Hole, Helper)>,
-    /// How many windows it has taken.
-    pub windows: u32,
+    /// The windows that the next translation takes, if this one has taken any.
+    pub windows: Option<window::Next>,
     /// How flags can be made behind links.
     pub recipes: Vec<Recipe>,
     /// It would be better if it was known how to make the flags it is entered with.
@@ -150,9 +151,8 @@ pub(crate) struct Block {
     pub sharing: Sharing,
     /// Groups that have been checked, and where their addends are.
     pub addends: Vec<(usize, i64)>,
-    /// The next window, if windows are to be used.
-    pub next_window: Option<u32>,
-    pub windows_taken: u32,
+    /// The windows it takes, if it is to use any.
+    pub windows: Option<window::Taken>,
     pub probes: Vec<Probe>,
     pub refills: Vec<Refill>,
     pub calls: Vec<(Hole, Helper)>,
@@ -176,8 +176,10 @@ pub struct Manner {
     pub apart: bool,
     /// For code at CPL 0.
     pub supervisor: bool,
-    /// The first window it may take.
-    pub window: u32,
+    /// The windows it takes next, for user or supervisor code.
+    pub windows: window::Next,
+    /// For code at CPL 3.
+    pub user: bool,
     /// How the flags can be made with which it is entered, wherever from.
     pub recipe: Option<Recipe>,
 }
@@ -237,8 +239,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
             Sharing::of(insns, start as i64)
         },
         addends: Vec::new(),
-        next_window: windows.then_some(manner.window),
-        windows_taken: 0,
+        windows: windows.then(|| window::Taken::new(manner.windows, manner.user)),
         probes: Vec::new(),
         refills: Vec::new(),
         calls: Vec::new(),
@@ -576,7 +577,7 @@ impl Block {
             level,
             loads: self.loads,
             calls: self.calls,
-            windows: self.windows_taken,
+            windows: self.windows.as_ref().map(window::Taken::next),
             recipes: self.recipes,
             wants_recipe,
             accesses,

@@ -6,6 +6,11 @@
 //! bytes begin in there; that is half as long. What is not in the window a function looks up in level 1
 //! ([`probes`]) and makes the window.
 //!
+//! There are fewer windows than checks of loops, so several checks may use one, and what one of them put
+//! there serves the others. Therefore windows are of *kinds*: for reads or for writes, and for accesses up
+//! to a size, which is what the limit leaves room for. Of one translation no two checks have the same
+//! window.
+//!
 //! A window is a copy of a TLB entry, so it must not outlive what the entry rests on: all are emptied
 //! when translated code is entered after the TLB dropped something, or for another address space or
 //! other rights ([`Windows::empty_if_changed`]). User and supervisor code have windows of their own.
@@ -15,13 +20,73 @@ use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use std::mem::offset_of;
 
 use crate::asm::{Asm, at, shared, slot};
-use crate::memory::Bytes;
+use crate::memory::{Bytes, Use};
 use crate::refill;
 use crate::regs::SCRATCH;
 use crate::shared::{Shared, Slot};
 
+/// Sizes of accesses, and for how many windows there are of each: for reads, and again for writes.
+const SIZES: [(usize, u8); 5] = [(8, 128), (16, 48), (32, 16), (64, 16), (512, 48)];
+/// Windows for reads of the code of one privilege.
+const READS: usize = 256;
 /// Windows of the code of one privilege.
-pub const WINDOWS: usize = 256;
+const WINDOWS: usize = 2 * READS;
+
+const _: () = {
+    let (mut sum, mut n) = (0, 0);
+    while n < SIZES.len() {
+        sum += SIZES[n].1 as usize;
+        n += 1;
+    }
+    assert!(sum == READS);
+};
+
+/// Which windows are taken next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Next([[u8; SIZES.len()]; 2]);
+
+/// The windows that a translation takes.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    next: Next,
+    taken: [[u8; SIZES.len()]; 2],
+    user: bool,
+}
+
+impl Taken {
+    /// None yet.
+    pub fn new(next: Next, user: bool) -> Self {
+        Self {
+            next,
+            taken: Default::default(),
+            user,
+        }
+    }
+
+    /// A window for an access, and the size it is for; `None` if the translation has all of that kind.
+    pub fn take(&mut self, bytes: &Bytes) -> Option<(u32, usize)> {
+        let write = usize::from(bytes.usage != Use::Read);
+        let kind = SIZES.iter().position(|(size, _)| bytes.count <= *size)?;
+        let (size, all) = SIZES[kind];
+        let taken = &mut self.taken[write][kind];
+        if *taken == all {
+            return None;
+        }
+        *taken += 1;
+        let next = &mut self.next.0[write][kind];
+        let number = *next;
+        *next = (number + 1) % all;
+        let before: usize = SIZES[..kind].iter().map(|(_, n)| usize::from(*n)).sum();
+        let first = usize::from(self.user) * WINDOWS + write * READS + before;
+        Some(((first + usize::from(number)) as u32, size))
+    }
+
+    /// Which are taken next, by another translation.
+    pub fn next(&self) -> Next {
+        self.next
+    }
+}
+
 /// Windows that share a bit of [`Windows::touched`].
 const TOGETHER: usize = WINDOWS / 64;
 
@@ -75,12 +140,6 @@ fn window(number: u32, field: usize) -> i64 {
     (first + number as usize * size_of::<Window>() + field) as i64
 }
 
-/// The window that is taken behind one: the windows of a privilege are taken in turn.
-pub fn after(number: u32) -> u32 {
-    let all = WINDOWS as u32;
-    number / all * all + (number + 1) % all
-}
-
 /// Where a window's addend is.
 pub fn addend(number: u32) -> i64 {
     window(number, offset_of!(Window, addend))
@@ -95,11 +154,20 @@ pub fn compare(a: &mut Asm, number: u32) -> Result<(), IcedError> {
     a.put(&Instruction::with2(Code::Cmp_r64_rm64, SCRATCH, limit)?)
 }
 
-/// Emits what goes before the call of a probe, behind [`compare`].
-pub fn prepare_probe(a: &mut Asm, number: u32, bytes: &Bytes) -> Result<(), IcedError> {
+/// What a probe is asked: bytes less one, size of the window's kind less one, window.
+const FIELD: u32 = 9;
+const FIELD_MASK: u32 = (1 << FIELD) - 1;
+
+/// Emits what goes before the call of a probe, behind [`compare`]. `size` is that of the window's kind.
+pub fn prepare_probe(
+    a: &mut Asm,
+    number: u32,
+    size: usize,
+    bytes: &Bytes,
+) -> Result<(), IcedError> {
     let start = shared(window(number, offset_of!(Window, start)));
     a.put(&Instruction::with2(Code::Add_r64_rm64, SCRATCH, start)?)?;
-    let what = number << 16 | (bytes.count as u32 - 1);
+    let what = number << (2 * FIELD) | (size as u32 - 1) << FIELD | (bytes.count as u32 - 1);
     a.put(&Instruction::with2(
         Code::Mov_r32_imm32,
         Register::ECX,
@@ -121,8 +189,7 @@ fn filled(field: usize) -> MemoryOperand {
 
 /// Generates the functions that fill a window for reads and for writes; returns their positions.
 ///
-/// In: R15 the linear address of the first byte; ECX the number of bytes less one, and from bit 16 the
-/// window's number. Out: ZF if the bytes are in one page that the TLB has; then R15 is the first one's offset
+/// In: R15 the linear address of the first byte; ECX as [`prepare_probe`] makes it. Out: ZF if the bytes are in one page that the TLB has; then R15 is the first one's offset
 /// in the page, and RCX the addend. They change nothing else.
 ///
 /// `refills`: what [`refill::refills`] has generated.
@@ -145,9 +212,10 @@ fn probe(a: &mut Asm, tag: i64, refill: usize) -> Result<usize, IcedError> {
     a.store(what, R::RCX)?;
     let op = |a: &mut Asm, insn: Result<Instruction, IcedError>| a.put(&insn?);
     op(a, Instruction::with2(C::Mov_r32_rm32, R::EAX, R::ECX))?;
-    op(a, Instruction::with2(C::Shr_rm32_imm8, R::EAX, 16))?;
+    op(a, Instruction::with2(C::Shr_rm32_imm8, R::EAX, 2 * FIELD))?;
     // The tag of the last byte, and the entry of the first.
-    op(a, Instruction::with2(C::Movzx_r32_rm16, R::EDX, R::CX))?;
+    op(a, Instruction::with2(C::Mov_r32_rm32, R::EDX, R::ECX))?;
+    op(a, Instruction::with2(C::And_rm32_imm32, R::EDX, FIELD_MASK))?;
     a.lea(R::RDX, MemoryOperand::with_base_index(R::RDX, SCRATCH))?;
     op(a, Instruction::with2(C::And_rm64_imm32, R::RDX, -4096i32))?;
     op(
@@ -175,7 +243,9 @@ fn probe(a: &mut Asm, tag: i64, refill: usize) -> Result<usize, IcedError> {
     let hit = a.here();
     let size = size_of::<Window>().trailing_zeros();
     op(a, Instruction::with2(C::Shl_rm32_imm8, R::EAX, size))?;
-    op(a, Instruction::with2(C::Movzx_r32_rm16, R::EDX, what))?;
+    op(a, Instruction::with2(C::Mov_r32_rm32, R::EDX, what))?;
+    op(a, Instruction::with2(C::Shr_rm32_imm8, R::EDX, FIELD))?;
+    op(a, Instruction::with2(C::And_rm32_imm32, R::EDX, FIELD_MASK))?;
     // 4095 - n, plus one.
     op(a, Instruction::with2(C::Xor_rm32_imm32, R::EDX, 0xfff))?;
     a.lea(R::RDX, at(R::RDX, 1))?;
@@ -210,4 +280,40 @@ fn probe(a: &mut Asm, tag: i64, refill: usize) -> Result<usize, IcedError> {
     let missed = a.jmp();
     a.fill(missed, done);
     Ok(here)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever windows are taken, one is used only by accesses of one kind, and by one check of a translation.
+    #[test]
+    fn a_window_is_of_one_kind() {
+        let mut kinds = std::collections::HashMap::new();
+        let mut next = [Next::default(); 2];
+        for _ in 0..50 {
+            for user in [false, true] {
+                let mut taken = Taken::new(next[usize::from(user)], user);
+                let mut numbers = std::collections::HashSet::new();
+                for count in (1..=512).chain(1..=512) {
+                    for usage in [Use::Read, Use::Write, Use::Atomic] {
+                        let bytes = Bytes {
+                            from: 0,
+                            count,
+                            usage,
+                            align: 1,
+                        };
+                        let Some((number, size)) = taken.take(&bytes) else {
+                            continue;
+                        };
+                        assert!(numbers.insert(number), "{number} twice");
+                        assert!(count <= size && (number as usize) < 2 * WINDOWS);
+                        let kind = (user, usage != Use::Read, size);
+                        assert_eq!(*kinds.entry(number).or_insert(kind), kind);
+                    }
+                }
+                next[usize::from(user)] = taken.next();
+            }
+        }
+    }
 }

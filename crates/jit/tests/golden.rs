@@ -118,7 +118,8 @@ fn text(build: Build) -> String {
         executions: None,
         apart: false,
         supervisor: mode.cpl0(),
-        window: 0,
+        windows: Default::default(),
+        user: mode.user(),
         recipe: None,
     };
     let t = translate(&insns, CODE % 4096, manner).unwrap();
