@@ -549,3 +549,84 @@ fn entries_that_made_room_belong_to_an_address_space() {
         a.jne(again)
     });
 }
+
+/// Loops that read the byte at RBX, more than there are windows for that; among them a loop of another kind. All of it
+/// some times for one value of RBX, then, when nothing is translated any more, for another.
+fn more_loops_than_windows(
+    a: &mut CodeAssembler,
+    rbx_values: [u64; 2],
+    last: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Result<(), IcedError> {
+    let mut again = a.create_label();
+    a.mov(rbx, rbx_values[0])?;
+    a.mov(r12, rbx_values[1])?;
+    a.mov(r13d, 5)?;
+    a.set_label(&mut again)?;
+    for n in 0..280 {
+        let mut top = a.create_label();
+        a.mov(ecx, 2)?;
+        // So that the loop's first turn, too, is the loop's own translation.
+        a.jmp(top)?;
+        a.set_label(&mut top)?;
+        if n == 270 {
+            last(a)?;
+        } else {
+            a.mov(al, byte_ptr(rbx))?;
+        }
+        a.sub(ecx, 1)?;
+        a.jne(top)?;
+    }
+    a.cmp(r13d, 2)?;
+    a.cmove(rbx, r12)?;
+    a.sub(r13d, 1)?;
+    a.jne(again)
+}
+
+#[test]
+fn a_window_that_was_filled_by_a_read_does_not_let_writes_through() {
+    same_with(
+        |c| c.put64(entry(DATA + 0x1000), (DATA + 0x1000) | 5),
+        |a| {
+            more_loops_than_windows(a, [DATA + 0x800, DATA + 0x1800], |a| {
+                a.mov(byte_ptr(rbx), cl)
+            })
+        },
+    );
+}
+
+#[test]
+fn a_window_that_was_filled_by_a_byte_does_not_let_more_over_the_end_of_the_page() {
+    same_with(
+        |c| c.put64(entry(DATA + 0x1000), 0),
+        |a| {
+            more_loops_than_windows(a, [DATA + 0x7ff, DATA + 0xfff], |a| {
+                a.mov(rax, qword_ptr(rbx - 3))
+            })
+        },
+    );
+}
+
+#[test]
+fn a_loop_of_more_checks_than_there_are_windows_of_a_kind() {
+    same_with(
+        |_| {},
+        |a| {
+            let mut top = a.create_label();
+            a.mov(rbx, DATA)?;
+            a.mov(rsi, DATA + 0x1000)?;
+            a.mov(ecx, 40)?;
+            a.set_label(&mut top)?;
+            for n in 0..12 {
+                a.movups(xmm0, xmmword_ptr(rbx + n * 160))?;
+                a.movups(xmmword_ptr(rsi + n * 160 + 3), xmm0)?;
+                a.add(rax, qword_ptr(rsi + n * 160))?;
+                a.lea(rbx, rbx + rcx * 1)?;
+                a.lea(rsi, rsi + rcx * 1)?;
+            }
+            a.mov(rbx, DATA)?;
+            a.mov(rsi, DATA + 0x1000)?;
+            a.sub(ecx, 1)?;
+            a.jne(top)
+        },
+    );
+}
