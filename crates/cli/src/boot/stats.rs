@@ -58,13 +58,13 @@ impl Meter {
     }
 }
 
+/// Instructions that translated code executes are not counted, unless the translator was asked to.
 fn line(phase: &str, reading: &Reading) -> String {
     let cpu = reading.cpu.as_secs_f64();
     format!(
-        "anykvm: {phase}: {:.2} s, {cpu:.2} s of processor time, {:.1} million instructions, {:.1} MIPS\n",
+        "anykvm: {phase}: {:.2} s, {cpu:.2} s of processor time, {:.1} million instructions counted\n",
         reading.wall.as_secs_f64(),
         reading.instructions as f64 / 1e6,
-        reading.instructions as f64 / 1e6 / cpu.max(1e-9),
     )
 }
 
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_has_the_rate() {
+    fn a_line_has_times_and_instructions() {
         let reading = Reading {
             wall: Duration::from_millis(2500),
             cpu: Duration::from_secs(2),
@@ -89,7 +89,7 @@ mod tests {
         };
         assert_eq!(
             line("boot", &reading),
-            "anykvm: boot: 2.50 s, 2.00 s of processor time, 150.0 million instructions, 75.0 MIPS\n"
+            "anykvm: boot: 2.50 s, 2.00 s of processor time, 150.0 million instructions counted\n"
         );
     }
 }
