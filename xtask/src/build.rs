@@ -31,7 +31,7 @@ pub fn release(packages: &[&str]) -> Result<()> {
 /// Has the test of the pages that are made from the code write them.
 pub fn docs() -> Result<ExitCode> {
     written_by_a_test(
-        &["--package", "anykvm", "--lib", "processor_page"],
+        &["--package", "anykvm", "--lib", "_page"],
         "ANYKVM_WRITE_DOCS",
     )
 }

@@ -48,7 +48,7 @@ enum Task {
     /// Look for guests that the processor cannot stand
     #[command(subcommand)]
     Fuzz(fuzz::FuzzTask),
-    /// Bring the tables of docs/processor.md up to date
+    /// Bring the tables of docs/api.md and docs/processor.md up to date
     Docs,
     /// Bring the listings of translated code in crates/jit/tests/golden up to date
     Golden,

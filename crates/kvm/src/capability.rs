@@ -1,163 +1,14 @@
-//! Capabilities: what KVM_CHECK_EXTENSION reports (one table), and what KVM_ENABLE_CAP on the VM
-//! switches on (KVM API, sections 4.4, 4.37, 7 and 8). What is not in the table is 0.
+//! What KVM_ENABLE_CAP on the VM switches on (KVM API, sections 4.37 and 7). Which capabilities there are is
+//! told by [`crate::capability_table`].
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use anykvm_abi::*;
 
+use crate::capability_table::{DISABLE_EXITS, MANUAL_PROTECT, QUIRKS, X2APIC_API};
 use crate::error::{Errno, Result};
 use crate::irq::Controllers;
-use crate::memory::{ADDRESS_SPACES, MEMORY_SLOTS};
-use crate::nested;
-use crate::vm::{MAX_VCPU_IDS, MAX_VCPUS, Vm};
-
-/// A capability's value.
-enum Value {
-    Is(u32),
-    /// Depends on the host.
-    Of(fn() -> u32),
-}
-use Value::{Is, Of};
-
-/// KVM_CAP_MCE: banks.
-pub const MCE_BANKS: u32 = 32;
-/// Quirks that can be turned off. CD_NW_CLEARED is about the cache mode that hardware takes from CR0, not
-/// about what the guest reads there; there are no caches here, so turning it off is granted with nothing
-/// to do.
-const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED
-    | KVM_X86_QUIRK_CD_NW_CLEARED
-    | KVM_X86_QUIRK_LAPIC_MMIO_HOLE
-    | KVM_X86_QUIRK_OUT_7E_INC_RIP
-    | KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
-    | KVM_X86_QUIRK_FIX_HYPERCALL_INSN
-    | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
-const DISABLE_EXITS: u32 =
-    KVM_X86_DISABLE_EXITS_HLT | KVM_X86_DISABLE_EXITS_PAUSE | KVM_X86_DISABLE_EXITS_CSTATE;
-const X2APIC_API: u32 = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
-const MANUAL_PROTECT: u32 = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
-const GUEST_DEBUG: u32 = KVM_GUESTDBG_ENABLE
-    | KVM_GUESTDBG_SINGLESTEP
-    | KVM_GUESTDBG_USE_SW_BP
-    | KVM_GUESTDBG_USE_HW_BP
-    | KVM_GUESTDBG_INJECT_DB
-    | KVM_GUESTDBG_INJECT_BP
-    | KVM_GUESTDBG_BLOCKIRQ;
-
-/// Every capability that is not 0.
-const TABLE: &[(u32, Value)] = &[
-    // Memory.
-    (KVM_CAP_USER_MEMORY, Is(1)),
-    (KVM_CAP_USER_MEMORY2, Is(1)),
-    (KVM_CAP_NR_MEMSLOTS, Is(MEMORY_SLOTS)),
-    (KVM_CAP_DESTROY_MEMORY_REGION_WORKS, Is(1)),
-    (KVM_CAP_JOIN_MEMORY_REGIONS_WORKS, Is(1)),
-    (KVM_CAP_MULTI_ADDRESS_SPACE, Is(ADDRESS_SPACES as u32)),
-    (KVM_CAP_READONLY_MEM, Is(1)),
-    (KVM_CAP_SYNC_MMU, Is(1)),
-    (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, Is(MANUAL_PROTECT)),
-    (KVM_CAP_MMU_SHADOW_CACHE_CONTROL, Is(1)),
-    (KVM_CAP_SET_TSS_ADDR, Is(1)),
-    (KVM_CAP_SET_IDENTITY_MAP_ADDR, Is(1)),
-    (KVM_CAP_COALESCED_MMIO, Is(KVM_COALESCED_MMIO_PAGE_OFFSET)),
-    (KVM_CAP_COALESCED_PIO, Is(1)),
-    (KVM_CAP_VM_TYPES, Is(1 << KVM_X86_DEFAULT_VM)),
-    // Interrupt controllers and devices.
-    (KVM_CAP_IRQCHIP, Is(1)),
-    (KVM_CAP_SPLIT_IRQCHIP, Is(1)),
-    (KVM_CAP_IRQ_ROUTING, Is(anykvm_irqchip::MAX_IRQ_ROUTES)),
-    (KVM_CAP_IRQ_INJECT_STATUS, Is(1)),
-    (KVM_CAP_SIGNAL_MSI, Is(1)),
-    (KVM_CAP_IRQFD, Is(1)),
-    (KVM_CAP_IRQFD_RESAMPLE, Is(1)),
-    (KVM_CAP_IOEVENTFD, Is(1)),
-    (KVM_CAP_IOEVENTFD_NO_LENGTH, Is(1)),
-    (KVM_CAP_IOEVENTFD_ANY_LENGTH, Is(1)),
-    (KVM_CAP_PIT, Is(1)),
-    (KVM_CAP_PIT2, Is(1)),
-    (KVM_CAP_PIT_STATE2, Is(1)),
-    (KVM_CAP_REINJECT_CONTROL, Is(1)),
-    (KVM_CAP_X2APIC_API, Is(X2APIC_API)),
-    (KVM_CAP_IOAPIC_POLARITY_IGNORED, Is(1)),
-    (KVM_CAP_TSC_DEADLINE_TIMER, Is(1)),
-    (KVM_CAP_DEVICE_CTRL, Is(1)),
-    (KVM_CAP_NOP_IO_DELAY, Is(1)),
-    (KVM_CAP_PCI_SEGMENT, Is(1)),
-    // vCPUs.
-    (KVM_CAP_NR_VCPUS, Of(recommended_vcpus)),
-    (KVM_CAP_MAX_VCPUS, Is(MAX_VCPUS as u32)),
-    (KVM_CAP_MAX_VCPU_ID, Is(MAX_VCPU_IDS)),
-    (KVM_CAP_SET_BOOT_CPU_ID, Is(1)),
-    (KVM_CAP_HLT, Is(1)),
-    (KVM_CAP_MP_STATE, Is(1)),
-    (KVM_CAP_EXT_CPUID, Is(1)),
-    (KVM_CAP_EXT_EMUL_CPUID, Is(1)),
-    (KVM_CAP_GET_MSR_FEATURES, Is(1)),
-    (KVM_CAP_MCE, Is(MCE_BANKS)),
-    (KVM_CAP_USER_NMI, Is(1)),
-    (KVM_CAP_VCPU_EVENTS, Is(1)),
-    (KVM_CAP_INTR_SHADOW, Is(1)),
-    (KVM_CAP_DEBUGREGS, Is(1)),
-    (KVM_CAP_X86_ROBUST_SINGLESTEP, Is(1)),
-    (KVM_CAP_SET_GUEST_DEBUG, Is(1)),
-    (KVM_CAP_SET_GUEST_DEBUG2, Is(GUEST_DEBUG)),
-    (KVM_CAP_XSAVE, Is(1)),
-    (KVM_CAP_XSAVE2, Is(crate::xsave::REGION as u32)),
-    (KVM_CAP_XCRS, Is(1)),
-    (KVM_CAP_SYNC_REGS, Is(crate::run::SYNC_FIELDS as u32)),
-    (KVM_CAP_VAPIC, Is(1)),
-    (KVM_CAP_X86_SMM, Is(1)),
-    (KVM_CAP_ENFORCE_PV_FEATURE_CPUID, Is(1)),
-    (KVM_CAP_VCPU_ATTRIBUTES, Is(1)),
-    (KVM_CAP_ASYNC_PF, Is(1)),
-    (KVM_CAP_ASYNC_PF_INT, Is(1)),
-    (KVM_CAP_SREGS2, Is(1)),
-    (KVM_CAP_IMMEDIATE_EXIT, Is(1)),
-    (KVM_CAP_INTERNAL_ERROR_DATA, Is(1)),
-    (KVM_CAP_EXCEPTION_PAYLOAD, Is(1)),
-    (KVM_CAP_X86_TRIPLE_FAULT_EVENT, Is(1)),
-    (KVM_CAP_EXIT_ON_EMULATION_FAILURE, Is(1)),
-    (KVM_CAP_X86_DISABLE_EXITS, Is(DISABLE_EXITS)),
-    (
-        KVM_CAP_X86_USER_SPACE_MSR,
-        Is(KVM_MSR_EXIT_REASON_VALID_MASK),
-    ),
-    (KVM_CAP_X86_MSR_FILTER, Is(1)),
-    (KVM_CAP_MSR_PLATFORM_INFO, Is(1)),
-    (KVM_CAP_DISABLE_QUIRKS, Is(1)),
-    (KVM_CAP_DISABLE_QUIRKS2, Is(QUIRKS)),
-    (KVM_CAP_HALT_POLL, Is(1)),
-    // Time.
-    (KVM_CAP_CLOCKSOURCE, Is(1)),
-    (KVM_CAP_ADJUST_CLOCK, Is(crate::clock::VALID_FLAGS)),
-    (KVM_CAP_KVMCLOCK_CTRL, Is(1)),
-    (KVM_CAP_TSC_CONTROL, Is(1)),
-    (KVM_CAP_VM_TSC_CONTROL, Is(1)),
-    (KVM_CAP_GET_TSC_KHZ, Is(1)),
-    // The API itself.
-    (KVM_CAP_ENABLE_CAP, Is(1)),
-    (KVM_CAP_ENABLE_CAP_VM, Is(1)),
-    (KVM_CAP_CHECK_EXTENSION_VM, Is(1)),
-    (KVM_CAP_BINARY_STATS_FD, Is(1)),
-    (KVM_CAP_SYS_ATTRIBUTES, Is(1)),
-    (KVM_CAP_NESTED_STATE, Is(nested::SIZE as u32)),
-    (KVM_CAP_XEN_HVM, Is(KVM_XEN_HVM_CONFIG_HYPERCALL_MSR)),
-];
-
-/// As many as the host has processors; but four at least, which is what monitors assume if they are told
-/// nothing (KVM API, 4.7).
-fn recommended_vcpus() -> u32 {
-    let host = std::thread::available_parallelism().map_or(1, |n| n.get());
-    host.clamp(4, MAX_VCPUS) as u32
-}
-
-/// KVM_CHECK_EXTENSION; 0 for what there is not.
-pub(crate) fn check_extension(capability: u64) -> i32 {
-    let row = TABLE.iter().find(|(nr, _)| u64::from(*nr) == capability);
-    row.map_or(0, |(_, value)| match value {
-        Is(value) => *value as i32,
-        Of(value) => value() as i32,
-    })
-}
+use crate::vm::{MAX_VCPU_IDS, Vm};
 
 /// What KVM_ENABLE_CAP has switched on for a VM.
 #[derive(Debug)]
@@ -343,25 +194,5 @@ impl Vm {
             }
             _ => Err(Errno::EINVAL),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_capability_once_and_not_zero() {
-        for (i, (nr, _)) in TABLE.iter().enumerate() {
-            assert!(
-                TABLE[i + 1..].iter().all(|(other, _)| other != nr),
-                "{nr} twice"
-            );
-            let optional = *nr == KVM_CAP_X86_SMM;
-            assert!(optional || check_extension(u64::from(*nr)) > 0, "{nr} is 0");
-        }
-        assert_eq!(check_extension(0xffff), 0);
-        assert_eq!(check_extension(u64::from(KVM_CAP_IRQCHIP) | 1 << 32), 0);
-        assert_eq!(check_extension(u64::from(KVM_CAP_GUEST_MEMFD)), 0);
     }
 }

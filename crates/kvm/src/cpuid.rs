@@ -6,37 +6,20 @@
 use std::sync::OnceLock;
 
 use anykvm_abi::{
-    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_FEATURE_ASYNC_PF, KVM_FEATURE_ASYNC_PF_INT,
-    KVM_FEATURE_CLOCKSOURCE, KVM_FEATURE_CLOCKSOURCE_STABLE_BIT, KVM_FEATURE_CLOCKSOURCE2,
-    KVM_FEATURE_NOP_IO_DELAY, KVM_FEATURE_POLL_CONTROL, KVM_FEATURE_PV_EOI,
-    KVM_FEATURE_PV_SCHED_YIELD, KVM_FEATURE_PV_SEND_IPI, KVM_FEATURE_PV_TLB_FLUSH,
-    KVM_FEATURE_PV_UNHALT, kvm_cpuid_entry2,
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_FEATURE_PV_SEND_IPI, KVM_FEATURE_PV_UNHALT,
+    kvm_cpuid_entry2,
 };
 use anykvm_cpu::CpuState;
 use anykvm_cpu::cpuid::{Around, CpuidEntry, CpuidTable, compacted_size, components, xsave_size};
 
 use crate::error::{Errno, Result};
+use crate::paravirt_table::offered;
 
 /// KVM_MAX_CPUID_ENTRIES: more are E2BIG.
 pub(crate) const MAX_ENTRIES: usize = 256;
 
 /// First leaf of KVM's signature and features, unless another hypervisor's interface comes first.
 pub(crate) const KVM_SIGNATURE: u32 = 0x4000_0000;
-
-/// The paravirtual features of leaf 0x40000001.EAX that this implementation has. Stolen time is not measured, so
-/// it is not among them; the MSR is there for who uses it unasked, and the time is 0.
-pub(crate) const KVM_FEATURES: u32 = 1 << KVM_FEATURE_CLOCKSOURCE
-    | 1 << KVM_FEATURE_NOP_IO_DELAY
-    | 1 << KVM_FEATURE_CLOCKSOURCE2
-    | 1 << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT
-    | 1 << KVM_FEATURE_ASYNC_PF
-    | 1 << KVM_FEATURE_ASYNC_PF_INT
-    | 1 << KVM_FEATURE_PV_EOI
-    | 1 << KVM_FEATURE_PV_UNHALT
-    | 1 << KVM_FEATURE_PV_TLB_FLUSH
-    | 1 << KVM_FEATURE_PV_SEND_IPI
-    | 1 << KVM_FEATURE_POLL_CONTROL
-    | 1 << KVM_FEATURE_PV_SCHED_YIELD;
 
 /// KVM's own leaves, for KVM_GET_SUPPORTED_CPUID.
 pub(crate) fn kvm_leaves() -> [kvm_cpuid_entry2; 2] {
@@ -52,7 +35,7 @@ pub(crate) fn kvm_leaves() -> [kvm_cpuid_entry2; 2] {
         },
         kvm_cpuid_entry2 {
             function: KVM_SIGNATURE + 1,
-            eax: KVM_FEATURES,
+            eax: offered(),
             ..Default::default()
         },
     ]
@@ -254,6 +237,7 @@ pub(crate) fn host_xcr0() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anykvm_abi::KVM_FEATURE_PV_EOI;
     use anykvm_cpu::cpuid::feature;
     use anykvm_cpu::state::cr4;
 

@@ -13,6 +13,7 @@ use anykvm_abi::{
 
 use crate::error::{Errno, Result};
 use crate::eventfd::duplicate;
+use crate::ioctl_table::{ObjectKind, refusal};
 use crate::object::memfd;
 use crate::user::UserMemory;
 use crate::vm::Vm;
@@ -76,9 +77,7 @@ impl Device {
         match request {
             ioctl::KVM_SET_DEVICE_ATTR => self.set_attr(&user.get(arg)?, user),
             ioctl::KVM_HAS_DEVICE_ATTR => has_attr(&user.get(arg)?),
-            // The VFIO device has nothing to get.
-            ioctl::KVM_GET_DEVICE_ATTR => Err(Errno::EPERM),
-            _ => return Err(Errno::ENOTTY),
+            _ => Err(refusal(ObjectKind::Device, request)),
         }
         .map(|()| 0)
     }

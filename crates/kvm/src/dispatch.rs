@@ -10,6 +10,7 @@ use anykvm_abi::{
 };
 
 use crate::error::{Errno, Result};
+use crate::ioctl_table::{ObjectKind, refusal};
 use crate::irq::{Controllers, empty_irqchip};
 use crate::object::{Object, Reply};
 use crate::user::UserMemory;
@@ -29,7 +30,7 @@ impl Vm {
     /// Those that return a number.
     fn ioctl_value(self: &Arc<Self>, request: u32, arg: u64, user: &dyn UserMemory) -> Result<i32> {
         match request {
-            KVM_CHECK_EXTENSION => return Ok(crate::capability::check_extension(arg)),
+            KVM_CHECK_EXTENSION => return Ok(crate::capability_table::check_extension(arg)),
             KVM_ENABLE_CAP => self.enable_cap(&user.get(arg)?)?,
             // memory
             KVM_SET_USER_MEMORY_REGION => self.ioctl_set_region(&user.get(arg)?)?,
@@ -44,8 +45,6 @@ impl Vm {
             KVM_GET_NR_MMU_PAGES => return Ok(self.mmu_pages()),
             KVM_REGISTER_COALESCED_MMIO => self.register_coalesced(&user.get(arg)?)?,
             KVM_UNREGISTER_COALESCED_MMIO => self.unregister_coalesced(&user.get(arg)?)?,
-            // The dirty ring is not there to be reset.
-            KVM_RESET_DIRTY_RINGS => return Err(Errno::EINVAL),
             // interrupts
             KVM_CREATE_IRQCHIP => self.create_controllers(Controllers::Full)?,
             KVM_IRQ_LINE => {
@@ -86,7 +85,7 @@ impl Vm {
             KVM_SET_TSC_KHZ => self.set_default_tsc_khz(arg)?,
             KVM_X86_SET_MSR_FILTER => self.set_msr_filter(&user.get(arg)?, user)?,
             KVM_XEN_HVM_CONFIG => self.xen_hvm_config(&user.get(arg)?, user)?,
-            _ => return Err(Errno::ENOTTY),
+            _ => return Err(refusal(ObjectKind::Vm, request)),
         }
         Ok(0)
     }

@@ -10,7 +10,7 @@ use anykvm_abi::{
 };
 
 use crate::cap::Cap;
-use crate::capability::check_extension;
+use crate::capability_table::check_extension;
 use crate::error::{Errno, Result};
 use crate::object::Object;
 use crate::system::{

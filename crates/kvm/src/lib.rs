@@ -62,8 +62,11 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+#[cfg(test)]
+mod api_page;
 mod cap;
 mod capability;
+mod capability_table;
 pub mod clock;
 mod coalesced;
 mod cpuid;
@@ -78,6 +81,7 @@ mod events;
 mod guest_debug;
 mod halt;
 mod io_bus;
+mod ioctl_table;
 mod ioeventfd;
 mod irq;
 mod irqfd;
@@ -92,7 +96,10 @@ mod msr;
 mod msr_filter;
 mod nested;
 mod object;
+#[cfg(test)]
+mod pages;
 mod paravirt;
+mod paravirt_table;
 #[cfg(test)]
 mod processor_page;
 mod registers;
@@ -121,10 +128,12 @@ mod xsave;
 pub use anykvm_abi as bindings;
 pub use cap::Cap;
 pub use capability::EnabledCapabilities;
+pub use capability_table::{CAPABILITIES, Capability, CapabilityValue};
 pub use device::Device;
 pub use device_fd::DeviceFd;
 pub use error::{Errno, Error, Result};
 pub use event_thread::Deadline;
+pub use ioctl_table::{IOCTLS, IoctlRow, IoctlState, ObjectKind};
 pub use kick::Kick;
 pub use kvm_fd::Kvm;
 pub use object::{Object, Reply};

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use rustix::fs::MemfdFlags;
 
 use crate::device::Device;
-use crate::error::{Errno, Result};
+use crate::error::Result;
+use crate::ioctl_table::ObjectKind;
 use crate::stats::StatsFile;
 use crate::system::System;
 use crate::trace;
@@ -58,7 +59,18 @@ impl Object {
             Self::Vm(vm) => vm.ioctl(request, arg, user),
             Self::Vcpu(vcpu) => vcpu.ioctl(request, arg, user),
             Self::Device(device) => device.ioctl(request, arg, user).map(Reply::Value),
-            Self::Stats(_) => Err(Errno::ENOTTY),
+            Self::Stats(_) => Err(ObjectKind::Stats.unknown()),
+        }
+    }
+
+    /// What the object is.
+    pub fn kind(&self) -> ObjectKind {
+        match self {
+            Self::System(_) => ObjectKind::System,
+            Self::Vm(_) => ObjectKind::Vm,
+            Self::Vcpu(_) => ObjectKind::Vcpu,
+            Self::Device(_) => ObjectKind::Device,
+            Self::Stats(_) => ObjectKind::Stats,
         }
     }
 

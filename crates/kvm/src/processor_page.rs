@@ -1,17 +1,14 @@
-//! The tables of `docs/processor.md`, made from those of the code; the page is checked by a test, and
-//! written anew by it when `ANYKVM_WRITE_DOCS` is set (`cargo xtask docs`).
+//! The tables of `docs/processor.md`, made from those of the code.
 
 use std::fmt::Write;
-use std::path::Path;
 
 use anykvm_cpu::cpuid::{FLAGS, Feature, Register, Source, WITHOUT_FLAG};
 use anykvm_cpu::msr::{FEATURES, Writes, rows};
 use iced_x86::CpuidFeature;
 
 use crate::msr::OWN;
+use crate::pages::{self, Part, paragraph};
 
-/// The parts of the page between `<!-- NAME -->` and `<!-- end -->`.
-type Part = (&'static str, fn() -> String);
 const PARTS: &[Part] = &[
     ("flags", flags),
     ("without-flag", without_flag),
@@ -55,25 +52,6 @@ fn flags() -> String {
         let (at, when) = (place(row.feature), source(row.source));
         let _ = writeln!(text, "| {} | {at} | {when} | {} |", row.name, row.about);
     }
-    text
-}
-
-/// A list in lines of readable length.
-fn paragraph(words: impl Iterator<Item = String>) -> String {
-    let mut text = String::new();
-    let mut column = 0;
-    for word in words {
-        if column + word.len() > 100 {
-            text.push('\n');
-            column = 0;
-        } else if column > 0 {
-            text.push(' ');
-            column += 1;
-        }
-        column += word.len();
-        text += &word;
-    }
-    text.push('\n');
     text
 }
 
@@ -175,27 +153,7 @@ fn feature_msrs() -> String {
     text
 }
 
-/// The page with its parts made anew.
-fn renewed(page: &str) -> String {
-    PARTS.iter().fold(page.to_owned(), |page, (name, make)| {
-        let begin = format!("<!-- {name} -->\n");
-        let (before, rest) = page.split_once(&begin).expect(name);
-        let (_, after) = rest.split_once("<!-- end -->").expect(name);
-        format!("{before}{begin}{}<!-- end -->{after}", make())
-    })
-}
-
 #[test]
 fn the_page_about_the_processor_is_up_to_date() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/processor.md");
-    let page = std::fs::read_to_string(&path).unwrap();
-    let new = renewed(&page);
-    if std::env::var_os("ANYKVM_WRITE_DOCS").is_some() {
-        std::fs::write(&path, new).unwrap();
-        return;
-    }
-    assert!(
-        page == new,
-        "docs/processor.md is old: run cargo xtask docs"
-    );
+    pages::check("processor.md", PARTS);
 }

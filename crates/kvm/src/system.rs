@@ -8,8 +8,9 @@ use anykvm_abi::{
     KVM_API_VERSION, KVM_X86_XCOMP_GUEST_SUPP, kvm_cpuid_entry2, kvm_device_attr, kvm_msr_entry,
 };
 
-use crate::capability::{MCE_BANKS, check_extension};
+use crate::capability_table::{MCE_BANKS, check_extension};
 use crate::error::{Errno, Result};
+use crate::ioctl_table::{ObjectKind, refusal};
 use crate::object::{Object, Reply, memfd};
 use crate::user::UserMemory;
 use crate::vm::Vm;
@@ -73,7 +74,7 @@ impl System {
                 let attr: kvm_device_attr = user.get(arg)?;
                 user.put(attr.addr, &device_attr(&attr)?).map(|()| 0)
             }
-            _ => Err(Errno::EINVAL),
+            _ => Err(refusal(ObjectKind::System, request)),
         }
     }
 

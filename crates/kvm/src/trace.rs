@@ -17,11 +17,8 @@ pub(crate) fn enabled() -> bool {
 /// Writes the line of a finished ioctl.
 pub(crate) fn finished(object: &Object, request: u32, arg: u64, result: &Result<Reply>) {
     let of = match object {
-        Object::System(_) => "system".to_owned(),
-        Object::Vm(_) => "vm".to_owned(),
         Object::Vcpu(vcpu) => format!("vcpu {}", vcpu.id()),
-        Object::Device(_) => "device".to_owned(),
-        Object::Stats(_) => "stats".to_owned(),
+        other => other.kind().to_string(),
     };
     let name = ioctl::name(request).map_or_else(|| format!("{request:#x}"), str::to_owned);
     let exit = match object {

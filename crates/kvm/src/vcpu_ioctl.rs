@@ -14,6 +14,7 @@ use anykvm_abi::{
 };
 
 use crate::error::{Errno, Result};
+use crate::ioctl_table::{ObjectKind, refusal};
 use crate::object::{Object, Reply};
 use crate::user::UserMemory;
 use crate::vcpu::Vcpu;
@@ -112,7 +113,7 @@ impl Vcpu {
             }
             KVM_ENABLE_CAP => done(self.enable_cap(&user.get(arg)?)),
             KVM_GET_STATS_FD => Ok(Reply::Object(Object::Stats(self.stats().clone()))),
-            _ => Err(Errno::EINVAL),
+            _ => Err(refusal(ObjectKind::Vcpu, request)),
         }
     }
 

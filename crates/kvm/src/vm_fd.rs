@@ -16,7 +16,7 @@ use anykvm_abi::{
 };
 
 use crate::cap::Cap;
-use crate::capability::check_extension;
+use crate::capability_table::check_extension;
 use crate::device_fd::DeviceFd;
 use crate::error::{Errno, Result};
 use crate::irq::Controllers;
