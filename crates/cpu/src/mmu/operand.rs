@@ -155,7 +155,8 @@ impl Cpu {
             }
         }
         self.probe(linear, T::BYTES, access)?;
-        let old = self.read_slow::<T>(linear, access, stack)?;
+        // A read-only slot is read as RAM.
+        let old = self.read_slow::<T>(linear, self.data_access(false), stack)?;
         let (new, r) = f(old);
         self.write_slow(linear, new, access, stack)?;
         Ok(r)
@@ -189,7 +190,8 @@ impl Cpu {
             return Ok(old);
         }
         let mut bytes = [0; BYTES];
-        self.read_pieces(linear, &mut bytes, access)?;
+        self.probe(linear, BYTES, access)?;
+        self.read_pieces(linear, &mut bytes, self.data_access(false))?;
         let old = u128::from_le_bytes(bytes);
         let value = if old == expected { new } else { old };
         self.write_pieces(linear, &value.to_le_bytes(), access)?;
