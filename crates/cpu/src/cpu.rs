@@ -82,6 +82,8 @@ pub struct Cpu {
     pub(crate) leave: bool,
     /// Events must be looked at before the next block.
     pub(crate) check_events: bool,
+    /// An event, not an instruction, is on its way through the IDT.
+    pub(crate) delivering: bool,
     /// The interrupt shadow before the current instruction.
     pub(crate) prior_shadow: u8,
     /// DR6 bits of traps that were noted (data and I/O breakpoints, a task's T flag) and are to
@@ -144,6 +146,7 @@ impl Cpu {
             exit: None,
             leave: false,
             check_events: true,
+            delivering: false,
             prior_shadow: 0,
             debug_hits: 0,
             stepping: false,

@@ -163,7 +163,10 @@ impl Cpu {
                 self.enter_debug_handler();
             }
             let from = self.state.rip();
-            match self.deliver_once(&event) {
+            self.delivering = true;
+            let done = self.deliver_once(&event);
+            self.delivering = false;
+            match done {
                 Ok(()) => {
                     self.record_event(from);
                     if event.kind == EventKind::Nmi {

@@ -69,10 +69,7 @@ impl Cpu {
 
     /// Finishes what the last exit left half done.
     fn complete_io(&mut self) -> Step {
-        if let Some(insn) = self.take_replay() {
-            let rip = self.state.rip();
-            self.execute_one(&insn, rip)?;
-        }
+        self.replay()?;
         match self.next_write() {
             Some(exit) => Err(exit),
             None => Ok(()),

@@ -6,12 +6,21 @@
 //! given so far. A port out or MSR write waits for its re-entry in the same way. A store to MMIO has
 //! retired when its exit is seen (and OUT to port 0x7E, by a quirk of KVM's); what is left of it
 //! (fragments of 8 bytes) follows in further exits. If RIP was moved in between, the rest is dropped.
+//!
+//! Other registers may be written in between, too. The access that was asked for stays where it was; what
+//! else the instruction takes from registers it finds as they are when it completes. An answer is used
+//! for the address that was asked for, and for no other: where the instruction now reads elsewhere (a
+//! stack pointer or a page table was changed), it asks again.
 
 use std::collections::VecDeque;
 
+use iced_x86::Mnemonic;
+
 use crate::cpu::Cpu;
 use crate::decode::Insn;
+use crate::exec::Step;
 use crate::exit::{Direction, Exit, Stop};
+use crate::state::reg;
 
 /// Bytes of the port-I/O data area.
 pub const DATA_BYTES: usize = 4096;
@@ -22,7 +31,34 @@ struct Fragment {
     gpa: u64,
     len: u8,
     data: [u8; 8],
+    /// Answered by user space, not by a device in the kernel.
+    by_user: bool,
 }
+
+impl Fragment {
+    fn new(gpa: u64, data: &[u8]) -> Self {
+        let mut f = Self {
+            gpa,
+            len: data.len() as u8,
+            data: [0; 8],
+            by_user: false,
+        };
+        f.data[..data.len()].copy_from_slice(data);
+        f
+    }
+}
+
+/// An instruction that runs again, and where its operands in memory were when it stopped.
+#[derive(Clone, Debug)]
+struct Replay {
+    insn: Insn,
+    rip: u64,
+    operand: u64,
+    strings: [u64; 2],
+}
+
+/// The registers that address the operands of string instructions.
+const STRINGS: [u8; 2] = [reg::RSI, reg::RDI];
 
 /// A write whose exit is seen after its instruction has retired.
 #[derive(Clone, Copy, Debug)]
@@ -51,8 +87,7 @@ enum Answer {
 pub struct Io {
     /// Port data, packed: out items, or room for in items.
     pub data: Box<[u8; DATA_BYTES]>,
-    /// The instruction to run again, and RIP when the exit was seen.
-    replay: Option<(Insn, u64)>,
+    replay: Option<Replay>,
     answer: Option<Answer>,
     /// The last exit asked for device memory, not for a port, an MSR or a hypercall.
     asked_memory: bool,
@@ -100,6 +135,10 @@ impl Io {
     pub(crate) fn has_answers(&self) -> bool {
         !self.reads.is_empty() || self.answer.is_some()
     }
+    /// Forgets writes whose exits were not seen.
+    pub(crate) fn drop_writes(&mut self) {
+        self.writes.clear();
+    }
     #[inline]
     pub(crate) fn has_writes(&self) -> bool {
         !self.writes.is_empty()
@@ -112,6 +151,7 @@ impl Cpu {
         if let Some(mut f) = self.io.wanted.take() {
             let n = data.len().min(8);
             f.data[..n].copy_from_slice(&data[..n]);
+            f.by_user = true;
             self.io.reads.push(f);
         }
     }
@@ -124,23 +164,60 @@ impl Cpu {
         self.io.answer = Some(Answer::Hypercall(result));
     }
 
-    /// Remembers that `insn` runs again on re-entry.
+    /// Remembers that `insn`, which is at RIP, runs again on re-entry. What it has written so far it
+    /// writes again.
     pub(crate) fn set_replay(&mut self, insn: &Insn) {
-        self.io.replay = Some((insn.clone(), self.state.rip()));
+        self.io.drop_writes();
+        self.io.replay = Some(Replay {
+            insn: insn.clone(),
+            rip: self.state.rip(),
+            operand: self.operand_of(insn),
+            strings: STRINGS.map(|r| self.state.regs[r]),
+        });
     }
-    /// Takes the instruction to run again, unless RIP was moved meanwhile.
-    pub(crate) fn take_replay(&mut self) -> Option<Insn> {
-        let (insn, rip) = self.io.replay.take()?;
+    /// The effective address of the instruction at RIP.
+    fn operand_of(&mut self, insn: &Insn) -> u64 {
+        let rip = self.state.rip();
+        self.state.set_rip(rip.wrapping_add(insn.len.into()));
+        let address = self.effective_address(insn);
+        self.state.set_rip(rip);
+        address
+    }
+    /// Runs the instruction again whose exit was seen, unless RIP was moved meanwhile.
+    pub(crate) fn replay(&mut self) -> Step {
+        let Some(mut replay) = self.io.replay.take() else {
+            return Ok(());
+        };
         self.io.cursor = 0;
-        if rip == self.state.rip() {
-            // Port I/O needs no word from the caller to be complete: its data is in place.
-            if self.io.answer.is_none() && !self.io.asked_memory {
-                self.io.answer = Some(Answer::Done);
-            }
-            return Some(insn);
+        if replay.rip != self.state.rip() {
+            self.io.forget_answers();
+            return Ok(());
         }
-        self.io.forget_answers();
-        None
+        // Port I/O needs no word from the caller to be complete: its data is in place.
+        if self.io.answer.is_none() && !self.io.asked_memory {
+            self.io.answer = Some(Answer::Done);
+        }
+        let insn = &mut replay.insn;
+        // POP to memory computes its address behind the change of RSP.
+        if insn.raw.mnemonic() != Mnemonic::Pop && self.operand_of(insn) != replay.operand {
+            (insn.base, insn.index, insn.disp) = (reg::ZERO, reg::ZERO, replay.operand);
+        }
+        if !insn.raw.is_string_instruction()
+            || replay.strings == STRINGS.map(|r| self.state.regs[r])
+        {
+            return self.execute_one(insn, replay.rip);
+        }
+        // The registers as they were, and what the instruction adds to them added to what they are.
+        let given = STRINGS.map(|r| std::mem::replace(&mut self.state.regs[r], 0));
+        for (r, was) in STRINGS.into_iter().zip(replay.strings) {
+            self.state.regs[r] = was;
+        }
+        let done = self.execute_one(insn, replay.rip);
+        for ((r, was), given) in STRINGS.into_iter().zip(replay.strings).zip(given) {
+            let moved = self.state.regs[r].wrapping_sub(was);
+            self.state.regs[r] = given.wrapping_add(moved);
+        }
+        done
     }
     /// The replayed (or any) instruction has completed or faulted: its answers are used up.
     #[inline]
@@ -148,52 +225,47 @@ impl Cpu {
         self.io.forget_answers();
     }
 
-    /// Device memory read: in-kernel devices, then the answers given so far, then an exit.
+    /// Device memory read: the answers given so far, then in-kernel devices, then an exit. From the first
+    /// piece that no device in the kernel takes, all are user space's (`vcpu_mmio_read`).
     pub(crate) fn mmio_read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), Stop> {
         let mut at = gpa;
+        let mut by_user = false;
         for piece in buf.chunks_mut(8) {
-            if let Some(f) = self.io.reads.get(self.io.cursor) {
+            let n = piece.len();
+            let known = self.io.reads.get(self.io.cursor);
+            if let Some(f) = known.filter(|f| (f.gpa, usize::from(f.len)) == (at, n)) {
                 self.io.cursor += 1;
-                piece.copy_from_slice(&f.data[..piece.len()]);
-            } else if self.machine.mmio_read(&self.state, at, piece) {
-                let mut data = [0; 8];
-                data[..piece.len()].copy_from_slice(piece);
-                self.io.reads.push(Fragment {
-                    gpa: at,
-                    len: piece.len() as u8,
-                    data,
-                });
+                by_user = f.by_user;
+                piece.copy_from_slice(&f.data[..n]);
+            } else if !by_user && self.machine.mmio_read(&self.state, at, piece) {
+                self.io.reads.truncate(self.io.cursor);
+                self.io.reads.push(Fragment::new(at, piece));
                 self.io.cursor += 1;
                 // So that what was recorded ends with the instruction.
                 self.leave_block();
             } else {
-                let len = piece.len() as u8;
-                self.io.wanted = Some(Fragment {
-                    gpa: at,
-                    len,
-                    data: [0; 8],
-                });
+                self.io.reads.truncate(self.io.cursor);
+                self.io.wanted = Some(Fragment::new(at, &[0; 8][..n]));
                 self.io.asked_memory = true;
+                let len = n as u8;
                 self.exit = Some(Exit::MmioRead { gpa: at, len });
                 return Err(Stop::Exit);
             }
-            at += piece.len() as u64;
+            at += n as u64;
         }
         Ok(())
     }
 
-    /// Device memory write: in-kernel devices at once, others as exits after the instruction.
+    /// Device memory write: in-kernel devices at once, others as exits after the instruction. From the
+    /// first piece that no device in the kernel takes, all are user space's (`vcpu_mmio_write`).
     pub(crate) fn mmio_write(&mut self, gpa: u64, data: &[u8]) {
         let mut at = gpa;
+        let mut by_user = false;
         for piece in data.chunks(8) {
-            if !self.machine.mmio_write(&self.state, at, piece) {
-                let mut f = Fragment {
-                    gpa: at,
-                    len: piece.len() as u8,
-                    data: [0; 8],
-                };
-                f.data[..piece.len()].copy_from_slice(piece);
-                self.io.writes.push_back(Write::Memory(f));
+            by_user = by_user || !self.machine.mmio_write(&self.state, at, piece);
+            if by_user {
+                let fragment = Fragment::new(at, piece);
+                self.io.writes.push_back(Write::Memory(fragment));
             }
             at += piece.len() as u64;
         }

@@ -93,6 +93,11 @@ impl Stack {
         } else {
             cpu.write_at(SEG_FLAT_SS, linear, value)?;
         }
+        if cpu.delivering && cpu.io.has_writes() {
+            // No instruction could retire with the write.
+            cpu.io.drop_writes();
+            return Err(Stop::Exit);
+        }
         self.pointer = pointer;
         Ok(())
     }
