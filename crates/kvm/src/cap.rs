@@ -95,6 +95,7 @@ pub enum Cap {
     NestedState = KVM_CAP_NESTED_STATE,
     X2ApicApi = KVM_CAP_X2APIC_API,
     DirtyLogRing = KVM_CAP_DIRTY_LOG_RING,
+    DirtyLogRingAcqRel = KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
     MultiAddressSpace = KVM_CAP_MULTI_ADDRESS_SPACE,
     ManualDirtyLogProtect2 = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
     ExceptionPayload = KVM_CAP_EXCEPTION_PAYLOAD,

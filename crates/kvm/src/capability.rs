@@ -117,6 +117,9 @@ impl Vm {
                     .manual_dirty_log_protect
                     .store(bits(argument, valid)?, Relaxed);
             }
+            KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
+                self.enable_dirty_ring(argument)?;
+            }
             KVM_CAP_HALT_POLL => {
                 let ns = u32::try_from(argument).map_err(|_| Errno::EINVAL)?;
                 enabled.halt_poll_ns.store(ns, Relaxed);

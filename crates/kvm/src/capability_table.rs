@@ -3,6 +3,7 @@
 
 use anykvm_abi::*;
 
+use crate::dirty_ring::MAX_RING_BYTES;
 use crate::ioctl_table::ObjectKind;
 use crate::memory::{ADDRESS_SPACES, MEMORY_SLOTS};
 use crate::nested;
@@ -135,15 +136,15 @@ pub const CAPABILITIES: &[Capability] = &[
     has!(KVM_CAP_READONLY_MEM, "KVM_MEM_READONLY"),
     has!(KVM_CAP_SYNC_MMU, "slots follow what the monitor maps at their addresses"),
     vm!(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, MANUAL_PROTECT, "KVM_DIRTY_LOG_*: the dirty log is cleared by KVM_CLEAR_DIRTY_LOG"),
+    vm!(KVM_CAP_DIRTY_LOG_RING, MAX_RING_BYTES, "bytes of the largest dirty ring"),
+    vm!(KVM_CAP_DIRTY_LOG_RING_ACQ_REL, MAX_RING_BYTES, "the same, for monitors that order their accesses to it"),
     has!(KVM_CAP_MMU_SHADOW_CACHE_CONTROL, "KVM_SET_NR_MMU_PAGES is kept; there is no shadow MMU to limit"),
     has!(KVM_CAP_SET_TSS_ADDR, "KVM_SET_TSS_ADDR, for which there is no need"),
     has!(KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_SET_IDENTITY_MAP_ADDR, for which there is no need"),
     has!(KVM_CAP_COALESCED_MMIO, KVM_COALESCED_MMIO_PAGE_OFFSET, "page of the vCPU's mapping that is the ring"),
     has!(KVM_CAP_COALESCED_PIO, "port writes may be coalesced, too"),
     has!(KVM_CAP_VM_TYPES, 1 << KVM_X86_DEFAULT_VM, "bitmap of the arguments of KVM_CREATE_VM"),
-    absent!(KVM_CAP_DIRTY_LOG_RING, "no dirty ring"),
-    absent!(KVM_CAP_DIRTY_LOG_RING_ACQ_REL, "no dirty ring"),
-    absent!(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, "no dirty ring"),
+    absent!(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, "all memory is written in the name of a vCPU; the same on Linux for x86"),
     absent!(KVM_CAP_MEMORY_FAULT_INFO, "KVM_EXIT_MEMORY_FAULT is not given"),
     absent!(KVM_CAP_MEMORY_ATTRIBUTES, "no memory attributes"),
     absent!(KVM_CAP_GUEST_MEMFD, "no guest_memfd"),

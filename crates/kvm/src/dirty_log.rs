@@ -23,15 +23,26 @@ pub(crate) fn merge(from: &DirtyLog, first_page: u64, to: &Slot) {
         while bits != 0 {
             let page = first_page + i as u64 * 64 + u64::from(bits.trailing_zeros());
             bits &= bits - 1;
-            to.mark_dirty(to.gpa + page * PAGE);
+            if let Some(log) = &to.dirty {
+                log.inherit(page);
+            }
         }
     }
 }
 
 impl Vm {
+    /// The ioctls about bitmaps, where there are rings instead.
+    fn require_bitmaps(&self) -> Result<()> {
+        if self.dirty_ring_bytes() != 0 {
+            return Err(Errno::ENXIO);
+        }
+        Ok(())
+    }
+
     /// The pages written since the last call, one bit each, and (unless the log is manually
     /// protected) forgets them.
     fn take_dirty_log(&self, table: &SlotTable, slot: u32) -> Result<Vec<u64>> {
+        self.require_bitmaps()?;
         let manual = self.enabled.manual_dirty_log_protect() != 0;
         let (space, id) = SlotTable::split(slot)?;
         let record = table.spaces[space].get(&id).ok_or(Errno::ENOENT)?;
@@ -85,6 +96,7 @@ impl Vm {
         user: &dyn UserMemory,
     ) -> Result<()> {
         let table = self.lock_slots();
+        self.require_bitmaps()?;
         SlotTable::split(log.slot)?;
         if log.first_page & 63 != 0 {
             return Err(Errno::EINVAL);

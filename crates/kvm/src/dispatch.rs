@@ -45,6 +45,7 @@ impl Vm {
             KVM_GET_NR_MMU_PAGES => return Ok(self.mmu_pages()),
             KVM_REGISTER_COALESCED_MMIO => self.register_coalesced(&user.get(arg)?)?,
             KVM_UNREGISTER_COALESCED_MMIO => self.unregister_coalesced(&user.get(arg)?)?,
+            KVM_RESET_DIRTY_RINGS => return self.reset_dirty_rings(),
             // interrupts
             KVM_CREATE_IRQCHIP => self.create_controllers(Controllers::Full)?,
             KVM_IRQ_LINE => {

@@ -158,7 +158,7 @@ pub const IOCTLS: &[IoctlRow] = &[
     row(KVM_CLEAR_DIRTY_LOG, Vm, "4.117", Works),
     row(KVM_GET_STATS_FD, Vm, "4.133", Works),
     row(KVM_SET_USER_MEMORY_REGION2, Vm, "4.140", Works),
-    row(KVM_RESET_DIRTY_RINGS, Vm, "8.29", Refused(Errno::EINVAL, "there is no dirty ring")),
+    row(KVM_RESET_DIRTY_RINGS, Vm, "8.29", Works),
     row(KVM_MEMORY_ENCRYPT_OP, Vm, "4.110", Refused(Errno::ENOTTY, ENCRYPTION)),
     row(KVM_MEMORY_ENCRYPT_REG_REGION, Vm, "4.111", Refused(Errno::ENOTTY, ENCRYPTION)),
     row(KVM_MEMORY_ENCRYPT_UNREG_REGION, Vm, "4.112", Refused(Errno::ENOTTY, ENCRYPTION)),

@@ -73,6 +73,7 @@ mod cpuid;
 mod device;
 mod device_fd;
 mod dirty_log;
+mod dirty_ring;
 mod dispatch;
 mod error;
 mod event_thread;

@@ -12,6 +12,7 @@ use anykvm_abi::{
     KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY,
 };
+use anykvm_cpu::memory::dirty::RingName;
 use anykvm_cpu::memory::mapping::Mapping;
 use anykvm_cpu::memory::{DirtyLog, MemoryMap, PAGE, Slot};
 
@@ -189,7 +190,7 @@ impl Vm {
             (Backing::Own, None) => Some(self.own_memory(&mut table, region.gpa, region.size)?),
             (Backing::User(_), _) => None,
         };
-        let record = self.record(region, own);
+        let record = self.record(region, own, moved);
         let old = table.spaces[space].insert(id, record);
         self.put_in_force(&mut table, space);
         // What was written through the old slot up to now stays dirty in the new one.
@@ -202,11 +203,12 @@ impl Vm {
         Ok(())
     }
 
-    fn record(&self, region: Region, own: Option<Arc<Mapping>>) -> Record {
+    /// A slot as asked for. `unused`: no processor has used it where it is.
+    fn record(&self, region: Region, own: Option<Arc<Mapping>>, unused: bool) -> Record {
         let id = region.slot & 0xffff;
         let readonly = region.flags & KVM_MEM_READONLY != 0;
-        let dirty = (region.flags & KVM_MEM_LOG_DIRTY_PAGES != 0)
-            .then(|| DirtyLog::new(region.size / PAGE, self.initially_dirty()));
+        let dirty =
+            (region.flags & KVM_MEM_LOG_DIRTY_PAGES != 0).then(|| self.dirty_log(&region, unused));
         let host = match (&own, &region.backing) {
             (Some(mapping), _) => mapping.address(),
             (None, Backing::User(host)) => *host,
@@ -226,6 +228,21 @@ impl Vm {
             own,
             slot,
         }
+    }
+
+    fn dirty_log(&self, region: &Region, unused: bool) -> DirtyLog {
+        let rings = self.dirty_ring_bytes() != 0;
+        let mut log = DirtyLog::new(region.size / PAGE, self.initially_dirty() && !rings);
+        if unused {
+            log = log.of_unused();
+        }
+        if rings {
+            log = log.with_ring(RingName {
+                slot: region.slot,
+                page: 0,
+            });
+        }
+        log
     }
 
     /// KVM_DIRTY_LOG_INITIALLY_SET in force.

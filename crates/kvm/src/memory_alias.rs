@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use anykvm_abi::{KVM_ALIAS_SLOTS, kvm_memory_alias, kvm_memory_region};
 use anykvm_cpu::memory::mapping::Mapping;
-use anykvm_cpu::memory::{DirtyLog, PAGE, Slot};
+use anykvm_cpu::memory::{PAGE, Slot};
 use rustix::fs::FallocateFlags;
 
 use crate::error::{Errno, Result};
@@ -76,6 +76,18 @@ impl SlotTable {
             .for_each(|p| p.merge_into(self));
     }
 
+    /// Forgets that a page of this slot was written through windows onto it.
+    pub fn forget_alias_dirty(&self, base: u16, page: u64) {
+        for piece in self.aliases.iter().flatten().flat_map(|a| &a.pieces) {
+            if piece.base == base
+                && let Some(page) = page.checked_sub(piece.first_page)
+                && let Some(log) = &piece.slot.dirty
+            {
+                log.clear(page);
+            }
+        }
+    }
+
     /// Makes the pieces of all aliases anew from the slots there are; returns the old ones.
     pub fn rebuild_aliases(&mut self) -> Vec<Piece> {
         let mut old = Vec::new();
@@ -98,13 +110,14 @@ impl SlotTable {
                     host: slot.host() + (start - slot.gpa),
                     readonly: slot.readonly,
                 };
+                let first_page = (start - slot.gpa) / PAGE;
                 let dirty = slot
                     .dirty
-                    .is_some()
-                    .then(|| DirtyLog::new(len / PAGE, false));
+                    .as_ref()
+                    .map(|log| log.for_window(len / PAGE, first_page));
                 Some(Piece {
                     base: *base,
-                    first_page: (start - slot.gpa) / PAGE,
+                    first_page,
                     slot: Arc::new(place.slot(record.own.clone(), dirty)),
                 })
             });

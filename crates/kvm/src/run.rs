@@ -6,16 +6,18 @@
 //! the run page gets the interrupt flags, CR8, the APIC base and the registers asked for.
 
 use anykvm_abi::{
-    KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR,
-    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN,
-    KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_TPR_ACCESS, KVM_EXIT_X86_RDMSR,
-    KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_EXIT_DEBUG, KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL,
+    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT,
+    KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_TPR_ACCESS, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_RUN_X86_SMM, KVM_SYNC_X86_EVENTS,
     KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_X86_DISABLE_EXITS_HLT, kvm_regs, kvm_sregs,
     kvm_vcpu_events,
 };
 use anykvm_cpu::events::MpState;
 use anykvm_cpu::exit::{Direction, InternalError};
+use anykvm_cpu::memory::dirty::DirtyRing;
 use anykvm_cpu::requests::{EVENT, KICK, OWNER, PAUSE};
 use anykvm_cpu::state::rflags;
 use anykvm_cpu::{Exit, Machine};
@@ -114,6 +116,13 @@ impl Vcpu {
             if core.cpu.state.events.mp_state != MpState::Runnable {
                 self.block(core)?;
                 continue;
+            }
+            if self.dirty_ring().is_some_and(DirtyRing::soft_full) {
+                if !core.cpu.io.pending() {
+                    return Ok(KVM_EXIT_DIRTY_RING_FULL);
+                }
+                // The processor completes the instruction, then sees the request.
+                self.kick().requests().set(OWNER);
             }
             self.before_entry(core);
             let exit = core.cpu.run(u64::MAX);

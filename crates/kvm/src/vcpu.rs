@@ -2,9 +2,11 @@
 //! (Linux: `vcpu->mutex`), which KVM_RUN keeps for as long as the guest runs; every other ioctl waits
 //! for it. What other threads may do without it is in [`VcpuRequests`].
 
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
+use anykvm_cpu::memory::dirty::{DirtyRing, Running};
 use anykvm_cpu::requests::{EVENT, KICK};
 use anykvm_cpu::{Cpu, CpuState};
 use anykvm_irqchip::{Lapic, LapicConfig};
@@ -29,6 +31,7 @@ pub struct Vcpu {
     boot: bool,
     fd: OwnedFd,
     kick: Arc<Kick>,
+    dirty_ring: Option<Arc<DirtyRing>>,
     requests: Arc<VcpuRequests>,
     machine: Arc<VcpuMachine>,
     stats: Arc<StatsFile>,
@@ -49,6 +52,25 @@ pub(crate) struct Core {
     pub halt_poll_ns: u64,
     /// Guest-physical address of the TPR shadow (KVM_SET_VAPIC_ADDR), 0 for none.
     pub vapic_addr: u64,
+}
+
+/// A vCPU locked by this thread (Linux: between `vcpu_load` and `vcpu_put`).
+pub(crate) struct Loaded<'a> {
+    _running: Option<Running>,
+    core: MutexGuard<'a, Core>,
+}
+
+impl Deref for Loaded<'_> {
+    type Target = Core;
+    fn deref(&self) -> &Core {
+        &self.core
+    }
+}
+
+impl DerefMut for Loaded<'_> {
+    fn deref_mut(&mut self) -> &mut Core {
+        &mut self.core
+    }
 }
 
 /// Lets a vCPU's KVM_RUN end with EINTR, from any thread or signal handler.
@@ -84,6 +106,7 @@ impl Vcpu {
         let fd = memfd(&format!("kvm-vcpu:{id}"), MMAP_SIZE as u64)?;
         let run = RunPage::new(&fd)?;
         let kick = Arc::new(Kick::default());
+        let dirty_ring = vm.dirty_ring(&fd, kick.requests())?;
         let deadline = vm.events.unconnected_deadline();
         let requests = Arc::new(VcpuRequests::new(kick.clone(), deadline.clone()));
         let lapic = vm.irqchip().map(|chip| {
@@ -131,6 +154,7 @@ impl Vcpu {
             boot,
             fd,
             kick,
+            dirty_ring,
             requests,
             machine,
             stats,
@@ -160,7 +184,8 @@ impl Vcpu {
         self.boot
     }
 
-    /// Its memfd: `struct kvm_run`, port I/O data, and room for the VM's coalesced ring.
+    /// Its memfd: `struct kvm_run`, port I/O data, room for the VM's coalesced ring, and from
+    /// KVM_DIRTY_LOG_PAGE_OFFSET on the dirty ring if there is one.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -200,8 +225,19 @@ impl Vcpu {
     pub(crate) fn requests(&self) -> &VcpuRequests {
         &self.requests
     }
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(|e| e.into_inner())
+    /// Takes the vCPU's lock. Until it is given back, what this thread writes to guest memory is written
+    /// by this vCPU.
+    pub(crate) fn lock(&self) -> Loaded<'_> {
+        let core = self.core.lock().unwrap_or_else(|e| e.into_inner());
+        Loaded {
+            _running: self.dirty_ring.clone().map(Running::new),
+            core,
+        }
+    }
+
+    /// Its dirty ring, if the VM has such.
+    pub(crate) fn dirty_ring(&self) -> Option<&DirtyRing> {
+        self.dirty_ring.as_deref()
     }
 
     /// A readable account of the registers and events, with the instruction at RIP.

@@ -15,6 +15,7 @@ use anykvm_abi::{
     kvm_xcrs, kvm_xsave,
 };
 
+use crate::dirty_ring::Collector;
 use crate::error::{Errno, Result};
 use crate::run_page::{PIO_BYTES, RunPage, sync};
 use crate::stats::StatsFile;
@@ -55,6 +56,8 @@ pub struct VcpuFd {
     error: u8,
     /// Synchronised registers that the caller has asked to change.
     sync: Option<Box<kvm_sync_regs>>,
+    /// The caller's side of the dirty ring.
+    pub(crate) collector: Option<Collector>,
 }
 
 impl From<Arc<Vcpu>> for VcpuFd {
@@ -66,6 +69,7 @@ impl From<Arc<Vcpu>> for VcpuFd {
             word: 0,
             error: 0,
             sync: None,
+            collector: None,
         }
     }
 }

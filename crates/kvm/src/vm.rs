@@ -59,6 +59,8 @@ pub struct Vm {
     /// KVM_SET_NR_MMU_PAGES: kept, there is no shadow MMU to limit.
     mmu_pages: AtomicU32,
     coalesced_ring: OwnedFd,
+    /// KVM_CAP_DIRTY_LOG_RING: bytes of each vCPU's ring, 0 if there are none.
+    pub(crate) dirty_ring_bytes: AtomicU32,
     /// `kvm->lock`: creation of vCPUs and of what must come before or after them.
     vcpus: Mutex<Vcpus>,
 }
@@ -128,6 +130,7 @@ impl Vm {
             vfio_device: Mutex::default(),
             mmu_pages: AtomicU32::new(0),
             coalesced_ring,
+            dirty_ring_bytes: AtomicU32::new(0),
             vcpus: Mutex::default(),
         }))
     }

@@ -347,6 +347,24 @@ impl VmFd {
         Ok(bitmap)
     }
 
+    /// Has pages that are written put into a ring of each vCPU to come, of so many bytes, by default the
+    /// most there may be (section 8.29, KVM_CAP_DIRTY_LOG_RING). [`crate::VcpuFd::dirty_log_ring_iter`]
+    /// takes them out.
+    pub fn enable_dirty_log_ring(&self, bytes: Option<i32>) -> Result<()> {
+        let bytes = match bytes {
+            Some(bytes) => u64::try_from(bytes).map_err(|_| Errno::EINVAL)?,
+            None => u64::from(crate::dirty_ring::MAX_RING_BYTES),
+        };
+        self.vm.enable_dirty_ring(bytes)
+    }
+
+    /// Frees the entries of dirty rings that were collected; how many. To be called before the pages are
+    /// read: from then on they are put into a ring again when they are written (section 8.29,
+    /// KVM_RESET_DIRTY_RINGS).
+    pub fn reset_dirty_rings(&self) -> Result<u64> {
+        Ok(self.vm.reset_dirty_rings()? as u64)
+    }
+
     /// From now on a signal of the eventfd is an interrupt on the GSI (section 4.75, KVM_IRQFD).
     pub fn register_irqfd(&self, fd: &impl AsRawFd, gsi: u32) -> Result<()> {
         self.irqfd(fd, gsi, 0, 0)

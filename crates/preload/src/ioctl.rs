@@ -77,6 +77,27 @@ fn give(object: Object, request: u32, argument: u64) -> Result<c_int, c_int> {
     Ok(0)
 }
 
+/// Whether a vCPU's pages may not be mapped so.
+pub fn refuses_mapping(
+    len: usize,
+    protection: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: i64,
+) -> bool {
+    let Some(file) = files::find(fd) else {
+        return false;
+    };
+    let Object::Vcpu(vcpu) = file.object() else {
+        return false;
+    };
+    // MAP_SHARED_VALIDATE has MAP_SHARED's bit.
+    let shared = flags & libc::MAP_SHARED != 0;
+    let exec = protection & libc::PROT_EXEC != 0;
+    vcpu.check_mapping(offset as u64, len as u64, shared, exec)
+        .is_err()
+}
+
 /// Lays the VM's coalesced-MMIO ring over page 2 of a new mapping of a vCPU (KVM API, 4.116): the
 /// ring is one a VM, the rest of the mapping is the vCPU's own.
 ///

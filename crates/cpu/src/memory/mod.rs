@@ -7,6 +7,7 @@
 //! This module and its children are the only place that touches guest RAM through raw pointers.
 
 pub mod access;
+pub mod dirty;
 pub(crate) mod elements;
 pub mod fault;
 pub mod mapping;
@@ -14,11 +15,12 @@ pub mod pages;
 pub(crate) mod wide;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use arc_swap::ArcSwap;
 
 use crate::requests::{self, Requests};
+pub use dirty::DirtyLog;
 use mapping::Mapping;
 use pages::HostPages;
 
@@ -111,40 +113,15 @@ impl Slot {
             log.mark((gpa - self.gpa) / PAGE);
         }
     }
-}
 
-/// One bit a page, set when the page is written.
-#[derive(Debug)]
-pub struct DirtyLog(Box<[AtomicU64]>);
-
-impl DirtyLog {
-    /// All clear, or (`KVM_DIRTY_LOG_INITIALLY_SET`) all set.
-    pub fn new(pages: u64, initially_set: bool) -> Self {
-        let words = pages.div_ceil(64);
-        let mut log: Box<[AtomicU64]> = (0..words)
-            .map(|_| AtomicU64::new(if initially_set { u64::MAX } else { 0 }))
-            .collect();
-        if initially_set
-            && !pages.is_multiple_of(64)
-            && let Some(last) = log.last_mut()
-        {
-            *last.get_mut() = (1 << (pages % 64)) - 1;
-        }
-        Self(log)
-    }
-    /// Sets a page's bit.
+    /// Notes that a processor uses the page with this address, as far as that makes it dirty.
     #[inline]
-    pub fn mark(&self, page: u64) {
-        if let Some(w) = self.0.get((page / 64) as usize) {
-            let bit = 1 << (page % 64);
-            if w.load(Ordering::Relaxed) & bit == 0 {
-                w.fetch_or(bit, Ordering::SeqCst);
-            }
+    pub fn mark_used(&self, gpa: u64) {
+        if let Some(log) = &self.dirty
+            && !self.readonly
+        {
+            log.mark_used((gpa - self.gpa) / PAGE);
         }
-    }
-    /// The words, least significant bit first.
-    pub fn words(&self) -> &[AtomicU64] {
-        &self.0
     }
 }
 
@@ -190,6 +167,8 @@ pub struct GuestMemory {
     pages: HostPages,
     epoch: AtomicU64,
     participants: Mutex<Vec<Weak<Participant>>>,
+    /// Held for reading by whoever uses a map outside of a processor's run loop.
+    accesses: RwLock<()>,
 }
 
 impl Default for GuestMemory {
@@ -214,6 +193,7 @@ impl GuestMemory {
             pages: HostPages::default(),
             epoch: AtomicU64::new(0),
             participants: Mutex::new(Vec::new()),
+            accesses: RwLock::new(()),
         }
     }
 
@@ -222,13 +202,14 @@ impl GuestMemory {
         self.maps[space & 1].load_full()
     }
 
-    /// Puts a new map in force and waits until no processor uses the old one. `me`: the calling
-    /// processor's own participant, if the caller is one.
+    /// Puts a new map in force and waits until nobody uses the old one, so that a store from now on is
+    /// logged as the new one says. `me`: the calling processor's own participant, if the caller is one.
     pub fn replace(&self, space: usize, map: MemoryMap, me: Option<&Participant>) {
         for s in &map.slots {
             self.pages.cover(s.host, s.size);
         }
         self.maps[space & 1].store(Arc::new(map));
+        drop(self.accesses.write().unwrap_or_else(|e| e.into_inner()));
         if let Some(me) = me {
             me.requests.set(requests::MEMSLOTS);
         }
@@ -324,6 +305,7 @@ impl GuestMemory {
         len: usize,
         mut each: impl FnMut(&Slot, u64, std::ops::Range<usize>) -> Result<(), NotRam>,
     ) -> Result<(), NotRam> {
+        let _access = self.accesses.read().unwrap_or_else(|e| e.into_inner());
         let map = self.maps[0].load();
         let mut done = 0;
         while done < len {

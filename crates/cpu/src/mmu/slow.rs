@@ -63,6 +63,7 @@ impl Cpu {
             return Ok(Place::Mmio { gpa });
         };
         let host = slot.host() + (gpa - slot.gpa);
+        slot.mark_used(gpa);
         if access.write {
             if slot.readonly {
                 return Ok(Place::Mmio { gpa });
@@ -325,6 +326,7 @@ impl Cpu {
         )?;
         match self.map.find(page.gpa) {
             Some(slot) => {
+                slot.mark_used(page.gpa);
                 let host = slot.host() + (page.gpa - slot.gpa);
                 self.tlb.fill_exec(user, linear, host, page.global);
                 if !user && !page.global && !self.local_code && self.state.cr0 & cr0::PG != 0 {

@@ -177,6 +177,7 @@ impl Cpu {
     fn entry<T: Ram>(&self, gpa: u64) -> T {
         match self.map.find(gpa) {
             Some(slot) => {
+                slot.mark_used(gpa);
                 // SAFETY: inside a slot of the map this processor holds; entries are aligned and do
                 // not cross a page.
                 unsafe { T::load(slot.host() + (gpa - slot.gpa)) }

@@ -29,11 +29,13 @@ fn check_extension_on_both_descriptors() {
         (KVM_CAP_MCE, 32),
         (KVM_CAP_X2APIC_API, 3),
         (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 3),
+        (KVM_CAP_DIRTY_LOG_RING, 1 << 20),
+        (KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 1 << 20),
         (KVM_CAP_XEN_HVM, 1),
         (KVM_CAP_NESTED_STATE, 128),
         // Not there.
         (KVM_CAP_S390_PSW, 0),
-        (KVM_CAP_DIRTY_LOG_RING, 0),
+        (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, 0),
         (KVM_CAP_GUEST_MEMFD, 0),
         (0x7fff_ffff, 0),
     ] {
@@ -60,7 +62,6 @@ fn enable_cap_refuses() {
     for (bad, argument) in [
         (KVM_CAP_USER_MEMORY, 0),
         (KVM_CAP_S390_PSW, 1),
-        (KVM_CAP_DIRTY_LOG_RING, 4096),
         (KVM_CAP_X2APIC_API, 4),
         (KVM_CAP_X86_DISABLE_EXITS, 16),
         (KVM_CAP_X86_USER_SPACE_MSR, 8),

@@ -5,6 +5,7 @@ mod capabilities;
 mod clock;
 mod devices;
 mod dirty_log;
+mod dirty_ring;
 mod interrupts;
 mod io;
 mod memory;

@@ -21,10 +21,59 @@ fn guest_stores_are_logged_again_after_each_get() {
         0xa0, 0x00, 0x20, // mov al, [0x2000]
         0xf4, // hlt
     ]);
-    for expected in [0b100, 0b1100, 0] {
+    // The first time the page of the code is among them.
+    for expected in [0b110, 0b1100, 0] {
         assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
         assert_eq!(guest.vm.get_dirty_log(0, RAM).unwrap(), [expected]);
     }
+}
+
+/// Linux maps a page writable at its first use, if it may, and a page that becomes writable is dirty.
+#[test]
+fn the_first_use_of_a_page_counts_as_a_write() {
+    let guest = Guest::with_flags(KVM_MEM_LOG_DIRTY_PAGES);
+    let code = [
+        0xa0, 0x00, 0x20, // mov al, [0x2000]
+        0xf4, // hlt
+        0xa0, 0x00, 0x20, // mov al, [0x2000]
+        0xa0, 0x00, 0x30, // mov al, [0x3000]
+        0xf4, // hlt
+    ];
+    let mut vcpu = guest.vcpu(&code);
+    for expected in [0b110, 0b1000] {
+        assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
+        assert_eq!(guest.vm.get_dirty_log(0, RAM).unwrap(), [expected]);
+    }
+    // What was used before is only read now, wherever it is looked up again.
+    let host = guest.ram.address();
+    guest.slot(0, 0, 0, RAM as u64, host).unwrap();
+    guest
+        .slot(0, KVM_MEM_LOG_DIRTY_PAGES, 0, RAM as u64, host)
+        .unwrap();
+    let mut regs = vcpu.get_regs().unwrap();
+    regs.rip = crate::CODE;
+    vcpu.set_regs(&regs).unwrap();
+    assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
+    assert_eq!(guest.vm.get_dirty_log(0, RAM).unwrap(), [0]);
+}
+
+/// A page that the guest can only read does not become dirty.
+#[test]
+fn a_readonly_page_is_never_dirty() {
+    let guest = Guest::new();
+    let rom = Mapping::anonymous(0x1000).unwrap();
+    guest
+        .slot(
+            1,
+            KVM_MEM_READONLY | KVM_MEM_LOG_DIRTY_PAGES,
+            0x9000,
+            0x1000,
+            rom.address(),
+        )
+        .unwrap();
+    let mut vcpu = guest.vcpu(&[0xa0, 0x10, 0x90, 0xf4]);
+    assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
+    assert_eq!(guest.vm.get_dirty_log(1, 0x1000).unwrap(), [0]);
 }
 
 #[test]

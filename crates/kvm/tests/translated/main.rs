@@ -6,10 +6,13 @@
 mod changing;
 mod debug;
 mod dirty;
+mod dirty_ring;
 mod kicks;
 mod snapshots;
 
-use anykvm::bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use anykvm::bindings::{
+    kvm_dtable, kvm_enable_cap, kvm_regs, kvm_segment, kvm_userspace_memory_region,
+};
 use anykvm::{Kvm, VcpuExit, VcpuFd, VmFd};
 use anykvm_cpu::memory::mapping::Mapping;
 use iced_x86::IcedError;
@@ -53,10 +56,25 @@ impl Machine {
         machine
     }
 
+    /// The same with a capability switched on.
+    pub fn with_cap(code: &[u8], flags: u32, cap: &kvm_enable_cap) -> Self {
+        let machine = Self::made(flags, Some(cap));
+        machine.tables();
+        machine.ram.write_bytes(CODE as usize, code);
+        machine
+    }
+
     /// With memory full of zeroes.
     pub fn empty(flags: u32) -> Self {
+        Self::made(flags, None)
+    }
+
+    fn made(flags: u32, cap: Option<&kvm_enable_cap>) -> Self {
         let kvm = Kvm::new().unwrap();
         let vm = kvm.create_vm().unwrap();
+        if let Some(cap) = cap {
+            vm.enable_cap(cap).unwrap();
+        }
         let ram = Mapping::anonymous(RAM).unwrap();
         let region = kvm_userspace_memory_region {
             slot: 0,
