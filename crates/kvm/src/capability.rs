@@ -131,6 +131,10 @@ impl Vm {
                 if pins > anykvm_irqchip::MAX_IRQ_ROUTES {
                     return Err(Errno::EINVAL);
                 }
+                // As Linux; KVM_CREATE_IRQCHIP, which is as late then, is EINVAL.
+                if self.lock_vcpus().any_created() {
+                    return Err(Errno::EEXIST);
+                }
                 self.create_controllers(Controllers::Split { ioapic_pins: pins })?;
             }
             KVM_CAP_X2APIC_API => {
@@ -182,20 +186,21 @@ impl Vm {
         Ok(chip.set_x2apic_api(self.enabled.x2apic_api())?)
     }
 
-    /// KVM_CAP_MAX_VCPU_ID: once, and before it matters.
+    /// KVM_CAP_MAX_VCPU_ID: once, and before the first vCPU, which fixes it. 0 asks for nothing.
     fn set_max_vcpu_id(&self, max: u64) -> Result<()> {
         let max = u32::try_from(max)
             .ok()
             .filter(|m| *m <= MAX_VCPU_IDS)
             .ok_or(Errno::EINVAL)?;
         let mut vcpus = self.lock_vcpus();
-        match vcpus.max_id {
+        let fixed = vcpus.any_created().then_some(MAX_VCPU_IDS);
+        match vcpus.max_id.or(fixed) {
             Some(set) if set == max => Ok(()),
-            None if !vcpus.any_created() => {
-                vcpus.max_id = Some(max);
+            Some(_) => Err(Errno::EINVAL),
+            None => {
+                vcpus.max_id = (max != 0).then_some(max);
                 Ok(())
             }
-            _ => Err(Errno::EINVAL),
         }
     }
 }

@@ -17,6 +17,8 @@ const FIRST: usize = offset_of!(kvm_coalesced_mmio_ring, first);
 const LAST: usize = offset_of!(kvm_coalesced_mmio_ring, last);
 const ENTRIES: usize = offset_of!(kvm_coalesced_mmio_ring, coalesced_mmio);
 const ENTRY: usize = size_of::<kvm_coalesced_mmio>();
+/// Zones of one space (`NR_IOBUS_DEVS`).
+const MAX_ZONES: usize = 1000;
 /// KVM_COALESCED_MMIO_MAX.
 const CAPACITY: u32 = ((4096 - ENTRIES) / ENTRY) as u32;
 
@@ -86,7 +88,11 @@ impl Vm {
             size: zone.size.into(),
         };
         self.bus.change(|table| {
-            table.space(space).zones.push(zone);
+            let zones = &mut table.space(space).zones;
+            if zones.len() >= MAX_ZONES {
+                return Err(Errno::ENOSPC);
+            }
+            zones.push(zone);
             Ok(())
         })
     }

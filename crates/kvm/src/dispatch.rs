@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anykvm_abi::ioctl::*;
 use anykvm_abi::{
-    KVM_MEM_GUEST_MEMFD, Plain, kvm_create_device, kvm_pit_config, kvm_reinject_control,
-    kvm_userspace_memory_region, kvm_userspace_memory_region2,
+    KVM_MEM_GUEST_MEMFD, KVM_PIT_SPEAKER_DUMMY, Plain, kvm_create_device, kvm_pit_config,
+    kvm_reinject_control, kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
 
 use crate::error::{Errno, Result};
@@ -40,7 +40,11 @@ impl Vm {
             KVM_GET_DIRTY_LOG => self.get_dirty_log(&user.get(arg)?, user)?,
             KVM_CLEAR_DIRTY_LOG => self.clear_dirty_log(&user.get(arg)?, user)?,
             KVM_SET_TSS_ADDR => self.set_tss_addr(arg)?,
-            KVM_SET_IDENTITY_MAP_ADDR => self.set_identity_map_addr(user.get(arg)?)?,
+            KVM_SET_IDENTITY_MAP_ADDR => {
+                self.may_set_identity_map_addr()?;
+                // The processor needs no such memory.
+                let _address: u64 = user.get(arg)?;
+            }
             KVM_SET_NR_MMU_PAGES => self.set_mmu_pages(arg)?,
             KVM_GET_NR_MMU_PAGES => return Ok(self.mmu_pages()),
             KVM_REGISTER_COALESCED_MMIO => self.register_coalesced(&user.get(arg)?)?,
@@ -68,7 +72,10 @@ impl Vm {
             KVM_SIGNAL_MSI => return self.signal_msi(&user.get(arg)?),
             KVM_IRQFD => self.irqfd(&user.get(arg)?)?,
             KVM_IOEVENTFD => self.ioeventfd(&user.get(arg)?)?,
-            KVM_CREATE_PIT => self.create_pit(&kvm_pit_config::zeroed())?,
+            KVM_CREATE_PIT => self.create_pit(&kvm_pit_config {
+                flags: KVM_PIT_SPEAKER_DUMMY,
+                ..Plain::zeroed()
+            })?,
             KVM_CREATE_PIT2 => self.create_pit(&user.get(arg)?)?,
             KVM_GET_PIT => user.put(arg, &self.get_pit()?)?,
             KVM_SET_PIT => self.set_pit(&user.get(arg)?)?,

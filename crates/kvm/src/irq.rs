@@ -209,7 +209,7 @@ impl Vm {
         }
     }
 
-    /// KVM_CREATE_PIT2 (and KVM_CREATE_PIT, with no flags).
+    /// KVM_CREATE_PIT2 (and KVM_CREATE_PIT, with the speaker's port).
     pub(crate) fn create_pit(&self, config: &kvm_pit_config) -> Result<()> {
         let chip = self.full_chip(Errno::ENOENT)?;
         Ok(chip.create_pit(config.flags & KVM_PIT_SPEAKER_DUMMY != 0)?)

@@ -21,7 +21,8 @@ pub(crate) const LAST: u32 = MC0_CTL + 4 * MAX_BANKS as u32 - 1;
 
 const MCG_CTL_P: u64 = 1 << 8;
 const MCG_SER_P: u64 = 1 << 24;
-/// KVM_X86_GET_MCE_CAP_SUPPORTED.
+/// KVM_X86_GET_MCE_CAP_SUPPORTED: the bits of IA32_MCG_CAP a vCPU may be given (IA32_MCG_CTL exists, software
+/// error recovery). How many banks is told by KVM_CAP_MCE.
 pub(crate) const CAP_SUPPORTED: u64 = MCG_CTL_P | MCG_SER_P;
 /// Bits of KVM_X86_SETUP_MCE that are numbers: banks, and extended state registers.
 const CAP_NUMBERS: u64 = 0xff | 0xff_0000;
@@ -30,6 +31,9 @@ const MCG_STATUS_MCIP: u64 = 1 << 2;
 const STATUS_VAL: u64 = 1 << 63;
 const STATUS_OVER: u64 = 1 << 62;
 const STATUS_UC: u64 = 1 << 61;
+const STATUS_PCC: u64 = 1 << 57;
+const STATUS_S: u64 = 1 << 56;
+const STATUS_AR: u64 = 1 << 55;
 
 /// IA32_MCi_CTL, STATUS, ADDR and MISC, in the order of their numbers.
 type Bank = [u64; 4];
@@ -136,6 +140,14 @@ impl MachineCheck {
             return Err(Errno::EINVAL);
         }
         let uncorrected = mce.status & STATUS_UC != 0;
+        // SDM Vol. 3, 16.6.3: "uncorrected, no action required" is logged, and told by CMCI at most, which is
+        // not there.
+        let signalled = STATUS_PCC | STATUS_S | STATUS_AR;
+        if uncorrected && mce.mcg_status == 0 && mce.status & signalled == 0 {
+            self.banks[n][1..].copy_from_slice(&[mce.status, mce.addr, mce.misc]);
+            self.status = 0;
+            return Ok(());
+        }
         let masked = self.cap & MCG_CTL_P != 0 && self.ctl != u64::MAX;
         if uncorrected && (masked || self.banks[n][0] != u64::MAX) {
             return Ok(());
@@ -203,7 +215,7 @@ mod tests {
         m.setup(10 | CAP_SUPPORTED).unwrap();
         let mut s = CpuState::new();
         let mut mce = kvm_x86_mce {
-            status: STATUS_VAL | STATUS_UC,
+            status: STATUS_VAL | STATUS_UC | STATUS_PCC,
             addr: 0x1000,
             mcg_status: MCG_STATUS_MCIP,
             bank: 2,

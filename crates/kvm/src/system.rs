@@ -8,20 +8,17 @@ use anykvm_abi::{
     KVM_API_VERSION, KVM_X86_XCOMP_GUEST_SUPP, kvm_cpuid_entry2, kvm_device_attr, kvm_msr_entry,
 };
 
-use crate::capability_table::{MCE_BANKS, check_extension};
+use crate::capability_table::check_extension;
 use crate::error::{Errno, Result};
 use crate::ioctl_table::{ObjectKind, refusal};
 use crate::object::{Object, Reply, memfd};
 use crate::user::UserMemory;
 use crate::vm::Vm;
-use crate::{cpuid, msr};
+use crate::{cpuid, mce, msr};
 
 /// KVM_GET_VCPU_MMAP_SIZE: `kvm_run`, the page of port I/O data, the coalesced ring.
 pub const VCPU_MMAP_SIZE: usize = 3 * 4096;
 
-/// `MCG_CAP` bits a vCPU may be given: IA32_MCG_CTL exists, software error recovery.
-const MCG_CTL_P: u64 = 1 << 8;
-const MCG_SER_P: u64 = 1 << 24;
 /// Entries of KVM_GET_MSRS are fewer than this.
 const MAX_MSRS: usize = 256;
 /// Where the entries of `kvm_cpuid2` and `kvm_msrs` begin, after a count and padding.
@@ -62,13 +59,16 @@ impl System {
             KVM_GET_VCPU_MMAP_SIZE => no_argument(arg).map(|()| VCPU_MMAP_SIZE as i32),
             KVM_CHECK_EXTENSION => Ok(check_extension(arg)),
             KVM_GET_SUPPORTED_CPUID => put_cpuid(&supported_cpuid(), arg, user).map(|()| 0),
-            KVM_GET_EMULATED_CPUID => put_cpuid(&emulated_cpuid(), arg, user).map(|()| 0),
+            KVM_GET_EMULATED_CPUID => {
+                check_padding(arg, user)?;
+                put_cpuid(&emulated_cpuid(), arg, user).map(|()| 0)
+            }
             KVM_GET_MSR_INDEX_LIST => put_indices(&msr_index_list(), arg, user).map(|()| 0),
             KVM_GET_MSR_FEATURE_INDEX_LIST => {
                 put_indices(&msr_feature_index_list(), arg, user).map(|()| 0)
             }
             KVM_GET_MSRS => get_msrs(arg, user),
-            KVM_X86_GET_MCE_CAP_SUPPORTED => user.put(arg, &mce_cap_supported()).map(|()| 0),
+            KVM_X86_GET_MCE_CAP_SUPPORTED => user.put(arg, &mce::CAP_SUPPORTED).map(|()| 0),
             KVM_HAS_DEVICE_ATTR => device_attr(&user.get(arg)?).map(|_| 0),
             KVM_GET_DEVICE_ATTR => {
                 let attr: kvm_device_attr = user.get(arg)?;
@@ -125,11 +125,6 @@ pub(crate) fn msr_feature(index: u32) -> Option<u64> {
         .find_map(|(i, value)| (*i == index).then_some(*value))
 }
 
-/// KVM_X86_GET_MCE_CAP_SUPPORTED.
-fn mce_cap_supported() -> u64 {
-    MCG_CTL_P | MCG_SER_P | u64::from(MCE_BANKS)
-}
-
 /// The device attributes of `/dev/kvm`: one, the XSAVE components a guest may use.
 fn device_attr(attr: &kvm_device_attr) -> Result<u64> {
     if attr.group != 0 || attr.attr != u64::from(KVM_X86_XCOMP_GUEST_SUPP) {
@@ -146,6 +141,21 @@ fn put_cpuid(entries: &[kvm_cpuid_entry2], arg: u64, user: &dyn UserMemory) -> R
     }
     user.put_array(arg.wrapping_add(ENTRIES), entries)?;
     user.put(arg, &(entries.len() as u32))
+}
+
+/// KVM_GET_EMULATED_CPUID takes entries with clear padding only.
+fn check_padding(arg: u64, user: &dyn UserMemory) -> Result<()> {
+    let room: u32 = user.get(arg)?;
+    if room == 0 {
+        return Err(Errno::E2BIG);
+    }
+    for i in 0..u64::from(room).min(cpuid::MAX_ENTRIES as u64) {
+        let at = arg.wrapping_add(ENTRIES + i * size_of::<kvm_cpuid_entry2>() as u64);
+        if user.get::<kvm_cpuid_entry2>(at)?.padding != [0; 3] {
+            return Err(Errno::EINVAL);
+        }
+    }
+    Ok(())
 }
 
 /// Fills a `kvm_msr_list`. How many there are is told even if they do not fit.

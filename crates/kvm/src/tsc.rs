@@ -18,6 +18,9 @@ const UNITY: u64 = 1 << 48;
 /// A frequency this near to the host's (parts per million) is taken as the host's: VMMs measure.
 const TOLERANCE_PPM: u64 = 250;
 
+/// Frequencies are below this (`kvm_caps.max_guest_tsc_khz`): KVM_GET_TSC_KHZ returns them as an `int`.
+pub(crate) const MAX_KHZ: u32 = i32::MAX as u32;
+
 /// The ratio for a guest frequency.
 pub(crate) fn ratio(khz: u32, host_khz: u32) -> u64 {
     let host = u64::from(host_khz.max(1));

@@ -23,6 +23,9 @@ use crate::vcpu_requests::VcpuRequests;
 use crate::vcpu_stats::{VCPU_STATISTICS, VcpuStat};
 use crate::vm::Vm;
 
+/// The x87 control word after FNINIT.
+const FNINIT_FCW: u16 = 0x37f;
+
 /// A virtual processor.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -136,6 +139,8 @@ impl Vcpu {
             kick.requests().clone(),
         );
         machine.start_tsc(&mut cpu.state);
+        // KVM makes a vCPU with its x87 unit as after FNINIT, not as after RESET (`fpstate_init_user`).
+        cpu.state.xsave.set_u16(0, FNINIT_FCW);
         let translator = {
             let translation = vm.lock_translation();
             translation.how.translator(id, &translation.budget)

@@ -85,6 +85,9 @@ impl Vcpu {
             KVM_SET_MSRS => self.ioctl_set_msrs(arg, user),
 
             KVM_GET_LAPIC => done(user.put(arg, &self.lapic_state()?)),
+            KVM_SET_LAPIC | KVM_SET_VAPIC_ADDR if self.machine().lapic().is_none() => {
+                Err(Errno::EINVAL)
+            }
             KVM_SET_LAPIC => done(self.set_lapic_state(&user.get::<kvm_lapic_state>(arg)?)),
             KVM_TPR_ACCESS_REPORTING => {
                 let control: kvm_tpr_access_ctl = user.get(arg)?;

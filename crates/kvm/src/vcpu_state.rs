@@ -340,6 +340,9 @@ impl Vcpu {
 
     /// KVM_SET_TSC_KHZ; 0 is the host's frequency.
     pub fn set_tsc_khz(&self, khz: u32) -> Result<()> {
+        if khz >= crate::tsc::MAX_KHZ {
+            return Err(Errno::EINVAL);
+        }
         self.change_state(|s| {
             self.machine().set_tsc_khz(s, khz);
             Ok(())

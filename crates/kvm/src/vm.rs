@@ -217,10 +217,11 @@ impl Vm {
 
     /// KVM_SET_TSC_KHZ on the VM: before the first vCPU.
     pub(crate) fn set_default_tsc_khz(&self, khz: u64) -> Result<()> {
-        if self.lock_vcpus().any_created() {
+        let khz = khz as u32;
+        if khz >= crate::tsc::MAX_KHZ || self.lock_vcpus().any_created() {
             return Err(Errno::EINVAL);
         }
-        self.clock.set_default_tsc_khz(khz as u32);
+        self.clock.set_default_tsc_khz(khz);
         Ok(())
     }
 
@@ -242,8 +243,8 @@ impl Vm {
         Ok(())
     }
 
-    /// KVM_SET_IDENTITY_MAP_ADDR: before the first vCPU. The processor needs no such memory.
-    pub(crate) fn set_identity_map_addr(&self, _address: u64) -> Result<()> {
+    /// KVM_SET_IDENTITY_MAP_ADDR: before the first vCPU.
+    pub(crate) fn may_set_identity_map_addr(&self) -> Result<()> {
         if self.lock_vcpus().any_created() {
             return Err(Errno::EINVAL);
         }

@@ -141,6 +141,13 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     tests.extend(models::tests());
     tests.extend(stress::tests());
     tests.push(Test {
+        name: "contract-shim".to_owned(),
+        cpus: 2,
+        limit: Duration::from_secs(10 * 60),
+        needs: Needs::Guest,
+        body: Box::new(contract_through_the_shim),
+    });
+    tests.push(Test {
         name: "kvm-selftests".to_owned(),
         cpus: 2,
         limit: Duration::from_secs(20 * 60),
@@ -304,6 +311,19 @@ fn cargo_test(bench: &Bench, test: &Test, command: &mut Command) -> Result<()> {
         bail!("cargo test failed");
     }
     Ok(())
+}
+
+/// The contract tests once more, as a program that opens `/dev/kvm` under `anykvm run`: raw pointers, real
+/// descriptors, other processes.
+fn contract_through_the_shim(bench: &Bench, test: &Test) -> Result<()> {
+    let mut command = build::cargo();
+    command.args(["test", "--package", "anykvm", "--test", "contract"]);
+    command.env("ANYKVM_TEST_HOST_KVM", "1");
+    command.env(
+        "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER",
+        format!("{} run --backend soft --", bench.anykvm.display()),
+    );
+    cargo_test(bench, test, &mut command)
 }
 
 /// The short form of `cargo xtask diff`.

@@ -1,6 +1,6 @@
 //! KVM_CHECK_EXTENSION and KVM_ENABLE_CAP on the VM.
 
-use anykvm::Errno;
+use anykvm::{CAPABILITIES, Errno, ObjectKind};
 use anykvm_abi::ioctl::*;
 use anykvm_abi::*;
 
@@ -15,7 +15,7 @@ fn cap(cap: u32, argument: u64) -> kvm_enable_cap {
 }
 
 #[test]
-fn check_extension_on_both_descriptors() {
+pub fn check_extension_on_both_descriptors() {
     let f = Fixture::new();
     for (capability, value) in [
         (KVM_CAP_USER_MEMORY, 1),
@@ -57,7 +57,8 @@ fn check_extension_on_both_descriptors() {
 }
 
 #[test]
-fn enable_cap_refuses() {
+pub fn enable_cap_refuses() {
+    software_only!();
     let f = Fixture::new();
     for (bad, argument) in [
         (KVM_CAP_USER_MEMORY, 0),
@@ -86,7 +87,8 @@ fn enable_cap_refuses() {
 }
 
 #[test]
-fn enabled_is_in_force() {
+pub fn enabled_is_in_force() {
+    software_only!();
     let f = Fixture::new();
     for (capability, argument) in [
         (KVM_CAP_EXCEPTION_PAYLOAD, 1),
@@ -118,11 +120,7 @@ fn enabled_is_in_force() {
     assert!(enabled.has_quirk(KVM_X86_QUIRK_CD_NW_CLEARED));
     // These must come before the first vCPU.
     let _vcpu = f.vcpu(0).unwrap();
-    for (late, argument) in [
-        (KVM_CAP_X86_DISABLE_EXITS, 2),
-        (KVM_CAP_SPLIT_IRQCHIP, 24),
-        (KVM_CAP_MAX_VCPU_ID, 4),
-    ] {
+    for (late, argument) in [(KVM_CAP_X86_DISABLE_EXITS, 2), (KVM_CAP_MAX_VCPU_ID, 4)] {
         assert_eq!(
             f.vm_with(KVM_ENABLE_CAP, &cap(late, argument)),
             Err(Errno::EINVAL),
@@ -132,7 +130,7 @@ fn enabled_is_in_force() {
 }
 
 #[test]
-fn msr_filter() {
+pub fn msr_filter() {
     let f = Fixture::new();
     let bitmap = f.user.at(&[!0u64; 4]);
     let range = |flags, nmsrs, bitmap| kvm_user_msr_filter_range {
@@ -168,7 +166,7 @@ fn msr_filter() {
 }
 
 #[test]
-fn xen_hvm_config() {
+pub fn xen_hvm_config() {
     let f = Fixture::new();
     let ram = ram(4);
     let region = kvm_userspace_memory_region {
@@ -188,12 +186,9 @@ fn xen_hvm_config() {
         blob_size_64: 2,
         pad2: [0; 30],
     };
-    let vm = f.inner();
-    assert_eq!(
-        vm.write_xen_hypercall_page(0x4000_0000, 0x1000, false),
-        None
-    );
     assert_eq!(f.vm_with(KVM_XEN_HVM_CONFIG, &config), Ok(0));
+    software_only!();
+    let vm = f.inner();
     assert_eq!(
         vm.write_xen_hypercall_page(0x4000_0001, 0x1000, false),
         None
@@ -236,4 +231,52 @@ fn xen_hvm_config() {
         vm.write_xen_hypercall_page(0x4000_0000, 0x1000, false),
         Some(true)
     );
+}
+
+#[test]
+pub fn controllers_and_ids_after_the_first_vcpu() {
+    let f = Fixture::new();
+    let _vcpu = f.vcpu(0).unwrap();
+    let split = cap(KVM_CAP_SPLIT_IRQCHIP, 24);
+    assert_eq!(f.vm_with(KVM_ENABLE_CAP, &split), Err(Errno::EEXIST));
+    // The limit that is in force may be named, and 0 asks for nothing.
+    for (ids, result) in [
+        (4096, Ok(0)),
+        (0, Err(Errno::EINVAL)),
+        (8, Err(Errno::EINVAL)),
+    ] {
+        let ids = cap(KVM_CAP_MAX_VCPU_ID, ids);
+        assert_eq!(f.vm_with(KVM_ENABLE_CAP, &ids), result);
+    }
+    let f = Fixture::new();
+    let nothing = cap(KVM_CAP_MAX_VCPU_ID, 0);
+    assert_eq!(f.vm_with(KVM_ENABLE_CAP, &nothing), Ok(0));
+    f.vcpu(100).unwrap();
+}
+
+#[test]
+pub fn each_is_what_the_table_says() {
+    software_only!();
+    for row in CAPABILITIES {
+        let f = Fixture::new();
+        let value = Ok(row.value() as i32);
+        let at = |handle: &Handle| handle.call(KVM_CHECK_EXTENSION, row.nr.into(), &f.user);
+        assert_eq!((at(&f.kvm), at(&f.vm)), (value, value), "{}", row.name);
+
+        // To enable with 0 is harmless for all that can be enabled, but for a ring without room.
+        let ring = [KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL].contains(&row.nr);
+        let result = |on| {
+            if row.enabled_on == Some(on) && !ring {
+                Ok(0)
+            } else {
+                Err(Errno::EINVAL)
+            }
+        };
+        let enable = f.user.at(&cap(row.nr, 0));
+        let vm = f.vm(KVM_ENABLE_CAP, enable);
+        assert_eq!(vm, result(ObjectKind::Vm), "{}", row.name);
+        let vcpu = f.vcpu(0).unwrap();
+        let vcpu = vcpu.call(KVM_ENABLE_CAP, enable, &f.user);
+        assert_eq!(vcpu, result(ObjectKind::Vcpu), "{}", row.name);
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsRawFd;
 
-use anykvm::{Errno, Object};
+use anykvm::{Errno, ObjectKind};
 use anykvm_abi::ioctl::*;
 use anykvm_abi::{
     KVM_CREATE_DEVICE_TEST, Plain, kvm_create_device, kvm_device_attr, kvm_stats_header,
@@ -21,7 +21,7 @@ fn request(type_: u32, flags: u32) -> kvm_create_device {
 }
 
 #[test]
-fn vfio_once() {
+pub fn vfio_once() {
     let f = Fixture::new();
     assert_eq!(
         f.vm_with(KVM_CREATE_DEVICE, &request(1, 0)),
@@ -36,16 +36,16 @@ fn vfio_once() {
         Ok(0)
     );
     let at = f.user.at(&request(VFIO, 0));
-    let device = object(f.vm.ioctl(KVM_CREATE_DEVICE, at, &f.user));
-    assert!(matches!(device, Object::Device(_)));
+    let device = f.vm.make(KVM_CREATE_DEVICE, at, &f.user).unwrap();
+    assert_eq!(device.kind(), ObjectKind::Device);
     assert_eq!(f.vm(KVM_CREATE_DEVICE, at), Err(Errno::EBUSY));
 }
 
 #[test]
-fn vfio_takes_vfio_files_only() {
+pub fn vfio_takes_vfio_files_only() {
     let f = Fixture::new();
     let at = f.user.at(&request(VFIO, 0));
-    let device = object(f.vm.ioctl(KVM_CREATE_DEVICE, at, &f.user));
+    let device = f.vm.make(KVM_CREATE_DEVICE, at, &f.user).unwrap();
     let call = |request, group, attr, addr| {
         let arg = f.user.at(&kvm_device_attr {
             flags: 0,
@@ -53,7 +53,7 @@ fn vfio_takes_vfio_files_only() {
             attr,
             addr,
         });
-        number(device.ioctl(request, arg, &f.user))
+        device.call(request, arg, &f.user)
     };
     assert_eq!(call(KVM_HAS_DEVICE_ATTR, 1, 1, 0), Ok(0));
     assert_eq!(call(KVM_HAS_DEVICE_ATTR, 1, 2, 0), Ok(0));
@@ -67,16 +67,13 @@ fn vfio_takes_vfio_files_only() {
     let closed = f.user.at(&-1i32);
     assert_eq!(call(KVM_SET_DEVICE_ATTR, 1, 1, closed), Err(Errno::EBADF));
     assert_eq!(call(KVM_GET_DEVICE_ATTR, 1, 1, fd), Err(Errno::EPERM));
-    assert_eq!(
-        number(device.ioctl(KVM_RUN, 0, &f.user)),
-        Err(Errno::ENOTTY)
-    );
+    assert_eq!(device.call(KVM_RUN, 0, &f.user), Err(Errno::ENOTTY));
 }
 
 #[test]
-fn stats_are_live() {
+pub fn stats_are_live() {
     let f = Fixture::new();
-    let stats = object(f.vm.ioctl(KVM_GET_STATS_FD, 0, &f.user));
+    let stats = f.vm.make(KVM_GET_STATS_FD, 0, &f.user).unwrap();
     let read = |len: usize, at: u32| {
         let mut bytes = vec![0; len];
         assert_eq!(
@@ -104,8 +101,5 @@ fn stats_are_live() {
     };
     assert_eq!(f.vm_with(KVM_SET_MEMORY_REGION, &region), Ok(0));
     assert_eq!(u64::from_bytes(&read(8, changes)), Some(1));
-    assert_eq!(
-        number(stats.ioctl(KVM_GET_STATS_FD, 0, &f.user)),
-        Err(Errno::ENOTTY)
-    );
+    assert_eq!(stats.call(KVM_GET_STATS_FD, 0, &f.user), Err(Errno::ENOTTY));
 }

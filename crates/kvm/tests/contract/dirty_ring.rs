@@ -20,7 +20,7 @@ fn enable(f: &Fixture, cap: u32, bytes: u64) -> Result<i32, Errno> {
 }
 
 #[test]
-fn sizes() {
+pub fn sizes() {
     for cap in [KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL] {
         let f = Fixture::new();
         for bad in [0, 1024, 2048, 4096 + 16, 3 * 4096] {
@@ -39,7 +39,7 @@ fn sizes() {
 }
 
 #[test]
-fn only_before_the_first_vcpu() {
+pub fn only_before_the_first_vcpu() {
     let f = Fixture::new();
     f.vcpu(0).unwrap();
     assert_eq!(enable(&f, KVM_CAP_DIRTY_LOG_RING, 4096), Err(Errno::EINVAL));
@@ -51,7 +51,7 @@ fn only_before_the_first_vcpu() {
 }
 
 #[test]
-fn there_are_no_bitmaps_then() {
+pub fn there_are_no_bitmaps_then() {
     let f = Fixture::new();
     assert_eq!(enable(&f, KVM_CAP_DIRTY_LOG_RING, 4096), Ok(0));
     let ram = ram(1);
@@ -74,7 +74,8 @@ fn there_are_no_bitmaps_then() {
 }
 
 #[test]
-fn the_ring_is_shared_and_not_executable() {
+pub fn the_ring_is_shared_and_not_executable() {
+    software_only!();
     let f = Fixture::new();
     assert_eq!(enable(&f, KVM_CAP_DIRTY_LOG_RING, 8192), Ok(0));
     assert_eq!(f.system(KVM_GET_VCPU_MMAP_SIZE, 0), Ok(12288));

@@ -39,7 +39,7 @@ impl Fixture {
 }
 
 #[test]
-fn assign_and_deassign() {
+pub fn assign_and_deassign() {
     let f = Fixture::new();
     let fd = event();
     for len in [0, 1, 2, 4, 8] {
@@ -65,7 +65,7 @@ fn assign_and_deassign() {
 }
 
 #[test]
-fn collisions() {
+pub fn collisions() {
     let f = Fixture::new();
     let fd = event();
     assert_eq!(f.ioeventfd(&fd, 0x10, 2, DATAMATCH, 1), Ok(0));
@@ -80,7 +80,7 @@ fn collisions() {
 }
 
 #[test]
-fn refused() {
+pub fn refused() {
     let f = Fixture::new();
     let fd = event();
     for len in [3, 5, 6, 7, 9, 16] {
@@ -100,7 +100,7 @@ fn refused() {
 }
 
 #[test]
-fn coalesced_zones() {
+pub fn coalesced_zones() {
     let f = Fixture::new();
     let zone = |addr, size, pio| {
         let mut zone = kvm_coalesced_mmio_zone {

@@ -3,9 +3,11 @@
 
 mod capabilities;
 mod clock;
+mod coverage;
 mod devices;
 mod dirty_log;
 mod dirty_ring;
+mod every;
 mod interrupts;
 mod io;
 mod memory;
@@ -15,4 +17,5 @@ mod vcpu;
 mod vcpu_cpuid_msrs;
 mod vcpu_events;
 mod vcpu_registers;
+mod vcpu_reset;
 mod vcpu_run;

@@ -37,7 +37,8 @@ impl Fixture {
 const HOST: u64 = 0x7000_0000_0000;
 
 #[test]
-fn create_move_delete() {
+pub fn create_move_delete() {
+    software_only!();
     let f = Fixture::new();
     assert_eq!(f.set(region(3, 0x1000, 0x3000, HOST)), Ok(0));
     assert_eq!(f.slots(0), [(0x1000, 0x3000, false)]);
@@ -52,7 +53,8 @@ fn create_move_delete() {
 }
 
 #[test]
-fn refused_and_unchanged() {
+pub fn refused_and_unchanged() {
+    software_only!();
     let f = Fixture::new();
     assert_eq!(f.set(region(0, 0x10000, 0x4000, HOST)), Ok(0));
     assert_eq!(f.set(region(1, 0x20000, 0x4000, HOST + 0x4000)), Ok(0));
@@ -93,7 +95,8 @@ fn refused_and_unchanged() {
 }
 
 #[test]
-fn address_spaces_are_separate() {
+pub fn address_spaces_are_separate() {
+    software_only!();
     let f = Fixture::new();
     assert_eq!(f.set(region(1, 0xa0000, 0x20000, HOST)), Ok(0));
     assert_eq!(f.set(region(1 << 16 | 1, 0xa0000, 0x10000, HOST)), Ok(0));
@@ -102,7 +105,7 @@ fn address_spaces_are_separate() {
 }
 
 #[test]
-fn readonly_and_the_longer_structure() {
+pub fn readonly_and_the_longer_structure() {
     let f = Fixture::new();
     let two = kvm_userspace_memory_region2 {
         slot: 0,
@@ -118,18 +121,20 @@ fn readonly_and_the_longer_structure() {
     };
     write(&two);
     assert_eq!(f.vm(KVM_SET_USER_MEMORY_REGION2, at), Ok(0));
-    assert_eq!(f.slots(0), [(0xf0000, 0x10000, true)]);
-    assert!(f.inner().memory().write(0xf0000, &[0]).is_err());
     write(&kvm_userspace_memory_region2 {
         slot: 1,
         flags: KVM_MEM_GUEST_MEMFD,
         ..two
     });
     assert_eq!(f.vm(KVM_SET_USER_MEMORY_REGION2, at), Err(Errno::EINVAL));
+    software_only!();
+    assert_eq!(f.slots(0), [(0xf0000, 0x10000, true)]);
+    assert!(f.inner().memory().write(0xf0000, &[0]).is_err());
 }
 
 #[test]
-fn own_memory_is_the_vm_file() {
+pub fn own_memory_is_the_vm_file() {
+    software_only!();
     let f = Fixture::new();
     let own = |slot, gpa, size| kvm_memory_region {
         slot,
@@ -176,7 +181,7 @@ fn own_memory_is_the_vm_file() {
 }
 
 #[test]
-fn aliases_show_other_slots() {
+pub fn aliases_show_other_slots() {
     let f = Fixture::new();
     let ram = ram(4);
     assert_eq!(f.set(region(0, 0x10_0000, 0x4000, ram.address())), Ok(0));
@@ -191,6 +196,7 @@ fn aliases_show_other_slots() {
         f.vm_with(KVM_SET_MEMORY_ALIAS, &alias(0, 0xa_0000, 0x2000, 0x10_1000)),
         Ok(0)
     );
+    software_only!();
     f.inner().memory().write(0xa_0004, &[9]).unwrap();
     assert_eq!(ram.read::<u8>(0x1004), 9);
 
@@ -221,7 +227,8 @@ fn aliases_show_other_slots() {
 }
 
 #[test]
-fn writes_through_an_alias_dirty_the_slot() {
+pub fn writes_through_an_alias_dirty_the_slot() {
+    software_only!();
     let f = Fixture::new();
     let ram = ram(4);
     let mut slot = region(0, 0x10_0000, 0x4000, ram.address());
@@ -241,7 +248,7 @@ fn writes_through_an_alias_dirty_the_slot() {
 }
 
 #[test]
-fn tss_identity_map_and_mmu_pages() {
+pub fn tss_identity_map_and_mmu_pages() {
     let f = Fixture::new();
     assert_eq!(f.vm(KVM_SET_TSS_ADDR, 0xfffb_d000), Ok(0));
     assert_eq!(f.vm(KVM_SET_TSS_ADDR, 0xffff_d000), Ok(0));

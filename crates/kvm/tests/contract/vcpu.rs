@@ -1,6 +1,6 @@
 //! A vCPU to test with, and what holds for all its ioctls.
 
-use anykvm::{Errno, Object, Vcpu};
+use anykvm::{Errno, Object, ObjectKind, UserMemory, Vcpu};
 use anykvm_abi::ioctl::*;
 use anykvm_abi::*;
 use anykvm_cpu::memory::mapping::Mapping;
@@ -10,7 +10,7 @@ use crate::support::*;
 /// A VM with one vCPU.
 pub struct VcpuFixture {
     pub f: Fixture,
-    vcpu: Object,
+    pub vcpu: Handle,
 }
 
 impl VcpuFixture {
@@ -26,13 +26,13 @@ impl VcpuFixture {
     }
     pub fn inner(&self) -> &Vcpu {
         match &self.vcpu {
-            Object::Vcpu(vcpu) => vcpu,
-            other => panic!("not a vCPU: {other:?}"),
+            Handle::Object(Object::Vcpu(vcpu)) => vcpu,
+            other => panic!("not a vCPU of this crate: {other:?}"),
         }
     }
     /// An ioctl with this number or pointer.
     pub fn call(&self, request: u32, arg: u64) -> Result<i32, Errno> {
-        number(self.vcpu.ioctl(request, arg, &self.f.user))
+        self.vcpu.call(request, arg, &self.f.user)
     }
     /// An ioctl with this argument behind the pointer.
     pub fn set<T: Plain>(&self, request: u32, arg: &T) -> Result<i32, Errno> {
@@ -62,7 +62,7 @@ impl VcpuFixture {
 }
 
 #[test]
-fn pointers_to_nowhere_fault() {
+pub fn pointers_to_nowhere_fault() {
     let v = VcpuFixture::with_irqchip();
     for request in [
         KVM_GET_REGS,
@@ -115,7 +115,7 @@ fn pointers_to_nowhere_fault() {
 }
 
 #[test]
-fn unknown_ioctls_are_einval() {
+pub fn unknown_ioctls_are_einval() {
     let v = VcpuFixture::new();
     for request in [0, 0xae00, 0xaeff, 0xdead_beef, KVM_CREATE_VCPU] {
         assert_eq!(v.call(request, 0), Err(Errno::EINVAL), "{request:#x}");
@@ -123,29 +123,35 @@ fn unknown_ioctls_are_einval() {
 }
 
 #[test]
-fn signal_mask() {
+pub fn signal_mask() {
     let v = VcpuFixture::new();
-    assert_eq!(v.inner().signal_mask(), None);
     let mask = v.f.user.array(&8u32, &[0x1234_5678u32, 0]);
     assert_eq!(v.call(KVM_SET_SIGNAL_MASK, mask), Ok(0));
-    assert_eq!(v.inner().signal_mask(), Some(0x1234_5678));
     for len in [0u32, 4, 16] {
         let bad = v.f.user.array(&len, &[1u32, 1]);
         assert_eq!(v.call(KVM_SET_SIGNAL_MASK, bad), Err(Errno::EINVAL));
     }
-    assert_eq!(v.inner().signal_mask(), Some(0x1234_5678));
+    assert_eq!(v.call(KVM_SET_SIGNAL_MASK, NOWHERE), Err(Errno::EFAULT));
+    let before = (!on_device()).then(|| v.inner().signal_mask());
     assert_eq!(v.call(KVM_SET_SIGNAL_MASK, 0), Ok(0));
+    software_only!();
+    assert_eq!(before, Some(Some(0x1234_5678)));
     assert_eq!(v.inner().signal_mask(), None);
 }
 
 #[test]
-fn tsc_frequency_and_offset() {
+pub fn tsc_frequency_and_offset() {
     let v = VcpuFixture::new();
     let host = v.call(KVM_GET_TSC_KHZ, 0).unwrap();
     assert!(host > 100_000);
     assert_eq!(v.call(KVM_SET_TSC_KHZ, 1_000_000), Ok(0));
     assert_eq!(v.call(KVM_GET_TSC_KHZ, 0), Ok(1_000_000));
     assert_eq!(v.call(KVM_SET_TSC_KHZ, 0), Ok(0));
+    assert_eq!(v.call(KVM_GET_TSC_KHZ, 0), Ok(host));
+
+    for too_high in [i32::MAX as u64, u64::from(u32::MAX)] {
+        assert_eq!(v.call(KVM_SET_TSC_KHZ, too_high), Err(Errno::EINVAL));
+    }
     assert_eq!(v.call(KVM_GET_TSC_KHZ, 0), Ok(host));
 
     let offset = v.f.user.at(&0x1234_0000u64);
@@ -174,7 +180,7 @@ fn tsc_frequency_and_offset() {
 }
 
 #[test]
-fn capabilities_of_a_vcpu() {
+pub fn capabilities_of_a_vcpu() {
     let v = VcpuFixture::new();
     let mut cap = kvm_enable_cap {
         cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
@@ -192,7 +198,7 @@ fn capabilities_of_a_vcpu() {
 }
 
 #[test]
-fn local_apic_and_vapic_need_an_irqchip() {
+pub fn local_apic_and_vapic_need_an_irqchip() {
     let v = VcpuFixture::new();
     let lapic = v.f.user.room(1024);
     let vapic = v.f.user.at(&kvm_vapic_addr { vapic_addr: 0x1000 });
@@ -214,7 +220,7 @@ fn local_apic_and_vapic_need_an_irqchip() {
 }
 
 #[test]
-fn tpr_access_reporting() {
+pub fn tpr_access_reporting() {
     let v = VcpuFixture::with_irqchip();
     let mut control = kvm_tpr_access_ctl {
         enabled: 1,
@@ -229,7 +235,7 @@ fn tpr_access_reporting() {
 }
 
 #[test]
-fn machine_check() {
+pub fn machine_check() {
     let v = VcpuFixture::new();
     for bad in [0u64, 33, 10 | 1 << 40] {
         assert_eq!(v.set(KVM_X86_SETUP_MCE, &bad), Err(Errno::EINVAL));
@@ -248,9 +254,12 @@ fn machine_check() {
 }
 
 #[test]
-fn statistics_are_live() {
+pub fn statistics_are_live() {
     let v = VcpuFixture::new();
-    let Object::Stats(stats) = object(v.vcpu.ioctl(KVM_GET_STATS_FD, 0, &v.f.user)) else {
+    let stats = v.vcpu.make(KVM_GET_STATS_FD, 0, &v.f.user).unwrap();
+    assert_eq!(stats.kind(), ObjectKind::Stats);
+    software_only!();
+    let Handle::Object(Object::Stats(stats)) = stats else {
         panic!("not statistics");
     };
     let value = |name: &str| stats.values().iter().find(|(n, _)| *n == name).unwrap().1;
@@ -258,4 +267,51 @@ fn statistics_are_live() {
     v.page().write(1, 1u8);
     assert_eq!(v.call(KVM_RUN, 0), Err(Errno::EINTR));
     assert_eq!(value("exits"), before + 1);
+}
+
+#[test]
+pub fn guest_debug() {
+    let v = VcpuFixture::new();
+    let control = |control| kvm_guest_debug {
+        control,
+        ..Default::default()
+    };
+    let all =
+        v.f.system(KVM_CHECK_EXTENSION, KVM_CAP_SET_GUEST_DEBUG2.into());
+    let modes = all.unwrap() as u32 & !(KVM_GUESTDBG_INJECT_DB | KVM_GUESTDBG_INJECT_BP);
+    assert_eq!(v.set(KVM_SET_GUEST_DEBUG, &control(modes)), Ok(0));
+    assert_eq!(v.set(KVM_SET_GUEST_DEBUG, &control(0)), Ok(0));
+    let inject = control(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_INJECT_DB);
+    assert_eq!(v.set(KVM_SET_GUEST_DEBUG, &inject), Ok(0));
+    // One is pending already.
+    assert_eq!(v.set(KVM_SET_GUEST_DEBUG, &inject), Err(Errno::EBUSY));
+    let events: kvm_vcpu_events = v.get(KVM_GET_VCPU_EVENTS);
+    assert_eq!((events.exception.injected, events.exception.nr), (1, 1));
+}
+
+#[test]
+pub fn nested_state_says_that_there_is_none() {
+    let v = VcpuFixture::new();
+    let size = v.f.system(KVM_CHECK_EXTENSION, KVM_CAP_NESTED_STATE.into());
+    let size = size.unwrap() as u32;
+    let at = v.f.user.room(size as usize);
+    let with_room = |n: u32| {
+        v.f.user.write(at + 4, n.as_bytes()).unwrap();
+        v.call(KVM_GET_NESTED_STATE, at)
+    };
+    assert_eq!(with_room(0), Err(Errno::E2BIG));
+    // It says how much is needed.
+    assert_eq!(v.f.user.value::<u32>(at + 4), size);
+    assert_eq!(with_room(size), Ok(0));
+    assert_eq!(v.call(KVM_SET_NESTED_STATE, at), Ok(0));
+    let flags: u16 = v.f.user.value(at);
+    // KVM_STATE_NESTED_GUEST_MODE.
+    v.f.user.write(at, (flags | 1).as_bytes()).unwrap();
+    assert_eq!(v.call(KVM_SET_NESTED_STATE, at), Err(Errno::EINVAL));
+    v.f.user.write(at, flags.as_bytes()).unwrap();
+    v.f.user.write(at + 4, (size - 1).as_bytes()).unwrap();
+    assert_eq!(v.call(KVM_SET_NESTED_STATE, at), Err(Errno::EINVAL));
+    for request in [KVM_GET_NESTED_STATE, KVM_SET_NESTED_STATE] {
+        assert_eq!(v.call(request, NOWHERE), Err(Errno::EFAULT));
+    }
 }

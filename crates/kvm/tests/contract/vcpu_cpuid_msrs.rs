@@ -1,6 +1,8 @@
 //! KVM_SET_CPUID2, KVM_GET_CPUID2, KVM_GET_MSRS, KVM_SET_MSRS.
 
-use anykvm::Errno;
+use std::mem::offset_of;
+
+use anykvm::{Errno, UserMemory};
 use anykvm_abi::ioctl::*;
 use anykvm_abi::*;
 
@@ -27,7 +29,7 @@ fn msr(index: u32, data: u64) -> kvm_msr_entry {
 }
 
 #[test]
-fn cpuid_round_trip() {
+pub fn cpuid_round_trip() {
     let v = VcpuFixture::new();
     let entries = [leaf(0, 1), leaf(1, 0x600), leaf(0x4000_0000, 0x4000_0001)];
     assert_eq!(v.list(KVM_SET_CPUID2, &entries).0, Ok(0));
@@ -43,7 +45,7 @@ fn cpuid_round_trip() {
 }
 
 #[test]
-fn bad_cpuid_changes_nothing() {
+pub fn bad_cpuid_changes_nothing() {
     let v = VcpuFixture::new();
     assert_eq!(v.list(KVM_SET_CPUID2, &[leaf(0, 7)]).0, Ok(0));
     let wrong_width = leaf(0x8000_0008, 47 << 8 | 40);
@@ -57,12 +59,14 @@ fn bad_cpuid_changes_nothing() {
 }
 
 #[test]
-fn after_the_first_run_only_the_same_cpuid_is_taken() {
+pub fn after_the_first_run_only_the_same_cpuid_is_taken() {
     let v = VcpuFixture::new();
     let features = leaf(1, 0x600);
     assert_eq!(v.list(KVM_SET_CPUID2, &[leaf(0, 7)]).0, Ok(0));
-    v.inner().kick_handle().kick();
+    let page = v.page();
+    page.write(offset_of!(kvm_run, immediate_exit), 1u8);
     assert_eq!(v.call(KVM_RUN, 0), Err(Errno::EINTR));
+    page.write(offset_of!(kvm_run, immediate_exit), 0u8);
     // Nothing has run yet.
     assert_eq!(v.list(KVM_SET_CPUID2, &[leaf(0, 8), features]).0, Ok(0));
     // At the reset vector there is no memory: the fetch fails, but the vCPU has run.
@@ -79,7 +83,7 @@ fn after_the_first_run_only_the_same_cpuid_is_taken() {
 }
 
 #[test]
-fn msrs_stop_at_the_first_bad_one() {
+pub fn msrs_stop_at_the_first_bad_one() {
     let v = VcpuFixture::new();
     let pat = 0x0007_0406_0007_0406;
     let set = [
@@ -112,7 +116,7 @@ fn msrs_stop_at_the_first_bad_one() {
 }
 
 #[test]
-fn the_clock_msrs_of_kvm() {
+pub fn the_clock_msrs_of_kvm() {
     let v = VcpuFixture::new();
     for index in [MSR_KVM_SYSTEM_TIME, MSR_KVM_SYSTEM_TIME_NEW] {
         assert_eq!(v.list(KVM_SET_MSRS, &[msr(index, 0x5001)]).0, Ok(1));
@@ -131,9 +135,59 @@ fn the_clock_msrs_of_kvm() {
 }
 
 #[test]
-fn the_tsc_goes_on_from_what_is_set() {
+pub fn the_tsc_goes_on_from_what_is_set() {
     let v = VcpuFixture::new();
     assert_eq!(v.list(KVM_SET_MSRS, &[msr(0x10, 1 << 40)]).0, Ok(1));
     let now = v.list(KVM_GET_MSRS, &[msr(0x10, 0)]).1[0].data;
     assert!((1 << 40..(1 << 40) + (1 << 33)).contains(&now), "{now:#x}");
+}
+
+/// KVM_SET_CPUID: entries without index.
+#[test]
+pub fn the_first_form_of_cpuid() {
+    let v = VcpuFixture::new();
+    let entry = |function, eax| kvm_cpuid_entry {
+        function,
+        eax,
+        ..Default::default()
+    };
+    let entries = [entry(0, 1), entry(0x8000_0000, 0x8000_0001)];
+    assert_eq!(v.list(KVM_SET_CPUID, &entries).0, Ok(0));
+    let back = v.list(KVM_GET_CPUID2, &[leaf(9, 9); 2]).1;
+    assert_eq!(back, [leaf(0, 1), leaf(0x8000_0000, 0x8000_0001)]);
+    let too_many = vec![entry(0, 2); 257];
+    assert_eq!(v.list(KVM_SET_CPUID, &too_many).0, Err(Errno::E2BIG));
+    let wrong_width = kvm_cpuid_entry {
+        eax: 47 << 8 | 40,
+        ..entry(0x8000_0008, 0)
+    };
+    assert_eq!(v.list(KVM_SET_CPUID, &[wrong_width]).0, Err(Errno::EINVAL));
+    assert_eq!(v.list(KVM_GET_CPUID2, &[leaf(9, 9); 2]).1, back);
+}
+
+/// A list whose entries lead out of memory: nothing of it is taken.
+#[test]
+pub fn lists_that_end_nowhere() {
+    let v = VcpuFixture::new();
+    let before = v.list(KVM_GET_MSRS, &[msr(LSTAR, 1)]).1;
+    let user = &v.f.user;
+    for (request, entry) in [
+        (KVM_SET_MSRS, size_of::<kvm_msr_entry>()),
+        (KVM_GET_MSRS, size_of::<kvm_msr_entry>()),
+        (KVM_SET_CPUID, size_of::<kvm_cpuid_entry>()),
+        (KVM_SET_CPUID2, size_of::<kvm_cpuid_entry2>()),
+    ] {
+        let at = user.end() - 8 - entry as u64;
+        user.write(at, [2u32, 0].as_bytes()).unwrap();
+        let first = [u64::from(LSTAR), 0x1234_0000, 0, 0, 0];
+        user.write(at + 8, &first.as_bytes()[..entry]).unwrap();
+        assert_eq!(v.call(request, at), Err(Errno::EFAULT), "{request:#x}");
+    }
+    assert_eq!(v.list(KVM_GET_MSRS, &[msr(LSTAR, 1)]).1, before);
+    for count in [u32::MAX, 1 << 31, 257] {
+        let at = user.at(&[count, 0]);
+        for request in [KVM_SET_MSRS, KVM_GET_MSRS, KVM_SET_CPUID, KVM_SET_CPUID2] {
+            assert_eq!(v.call(request, at), Err(Errno::E2BIG), "{count}");
+        }
+    }
 }

@@ -24,7 +24,7 @@ fn events(v: &VcpuFixture) -> kvm_vcpu_events {
 }
 
 #[test]
-fn reset_state_and_flags() {
+pub fn reset_state_and_flags() {
     let v = VcpuFixture::new();
     let mut e = events(&v);
     let base =
@@ -42,7 +42,7 @@ fn reset_state_and_flags() {
 }
 
 #[test]
-fn round_trip_of_everything() {
+pub fn round_trip_of_everything() {
     let v = VcpuFixture::new();
     enable(&v.f, KVM_CAP_EXCEPTION_PAYLOAD);
     enable(&v.f, KVM_CAP_X86_TRIPLE_FAULT_EVENT);
@@ -65,7 +65,7 @@ fn round_trip_of_everything() {
 }
 
 #[test]
-fn shadow_bits_are_distinct_and_need_their_flag() {
+pub fn shadow_bits_are_distinct_and_need_their_flag() {
     let v = VcpuFixture::new();
     let mut e = events(&v);
     for shadow in [SHADOW_MOV_SS, SHADOW_STI, 0, SHADOW_STI] {
@@ -80,7 +80,7 @@ fn shadow_bits_are_distinct_and_need_their_flag() {
 }
 
 #[test]
-fn refused_states_change_nothing() {
+pub fn refused_states_change_nothing() {
     let v = VcpuFixture::new();
     let before = events(&v);
     let with = |change: fn(&mut kvm_vcpu_events)| {
@@ -102,7 +102,7 @@ fn refused_states_change_nothing() {
 }
 
 #[test]
-fn without_the_payload_capability_pending_is_not_taken() {
+pub fn without_the_payload_capability_pending_is_not_taken() {
     let v = VcpuFixture::new();
     let mut e = events(&v);
     e.exception.pending = 1;
@@ -113,7 +113,7 @@ fn without_the_payload_capability_pending_is_not_taken() {
 }
 
 #[test]
-fn nmis_are_counted_to_two() {
+pub fn nmis_are_counted_to_two() {
     let v = VcpuFixture::new();
     for want in [1, 2, 2] {
         assert_eq!(v.call(KVM_NMI, 0), Ok(0));
@@ -131,7 +131,7 @@ fn nmis_are_counted_to_two() {
 }
 
 #[test]
-fn interrupts_from_user_space() {
+pub fn interrupts_from_user_space() {
     let v = VcpuFixture::new();
     assert_eq!(
         v.set(KVM_INTERRUPT, &kvm_interrupt { irq: 256 }),
@@ -167,7 +167,7 @@ fn interrupts_from_user_space() {
 }
 
 #[test]
-fn mp_state() {
+pub fn mp_state() {
     let v = VcpuFixture::new();
     let state = |v: &VcpuFixture| v.get::<kvm_mp_state>(KVM_GET_MP_STATE).mp_state;
     let set = |v: &VcpuFixture, mp_state| v.set(KVM_SET_MP_STATE, &kvm_mp_state { mp_state });

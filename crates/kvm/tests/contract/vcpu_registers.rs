@@ -14,7 +14,7 @@ const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 
 #[test]
-fn reset_values() {
+pub fn reset_values() {
     let v = VcpuFixture::new();
     let regs: kvm_regs = v.get(KVM_GET_REGS);
     assert_eq!((regs.rip, regs.rflags, regs.rax), (0xfff0, 2, 0));
@@ -35,7 +35,7 @@ fn reset_values() {
 }
 
 #[test]
-fn general_registers() {
+pub fn general_registers() {
     let v = VcpuFixture::new();
     let set = kvm_regs {
         rax: 1,
@@ -85,7 +85,7 @@ fn long_mode(mut s: kvm_sregs) -> kvm_sregs {
 }
 
 #[test]
-fn system_registers() {
+pub fn system_registers() {
     let v = VcpuFixture::new();
     let reset: kvm_sregs = v.get(KVM_GET_SREGS);
     let mut s = long_mode(reset);
@@ -105,7 +105,7 @@ fn system_registers() {
 }
 
 #[test]
-fn inconsistent_system_registers_change_nothing() {
+pub fn inconsistent_system_registers_change_nothing() {
     let v = VcpuFixture::new();
     let good: kvm_sregs = v.get(KVM_GET_SREGS);
     let long = long_mode(good);
@@ -167,7 +167,7 @@ fn inconsistent_system_registers_change_nothing() {
 }
 
 #[test]
-fn sregs2_carry_page_directory_pointers() {
+pub fn sregs2_carry_page_directory_pointers() {
     let v = VcpuFixture::new();
     let mut s: kvm_sregs2 = v.get(KVM_GET_SREGS2);
     for flags in [1, 2] {
@@ -184,7 +184,7 @@ fn sregs2_carry_page_directory_pointers() {
 }
 
 #[test]
-fn debug_registers() {
+pub fn debug_registers() {
     let v = VcpuFixture::new();
     let set = kvm_debugregs {
         db: [1, 2, 3, 0xffff_8000_0000_0004],
@@ -212,7 +212,7 @@ fn debug_registers() {
 }
 
 #[test]
-fn floating_point() {
+pub fn floating_point() {
     let v = VcpuFixture::new();
     let mut set = kvm_fpu {
         fcw: 0x37f,
@@ -249,7 +249,7 @@ fn floating_point() {
 }
 
 #[test]
-fn extended_control_registers() {
+pub fn extended_control_registers() {
     let v = VcpuFixture::new();
     let mut x: kvm_xcrs = v.get(KVM_GET_XCRS);
     x.xcrs[0].value = 3;
@@ -271,7 +271,7 @@ fn extended_control_registers() {
 }
 
 #[test]
-fn translation_without_paging_is_the_identity() {
+pub fn translation_without_paging_is_the_identity() {
     let v = VcpuFixture::new();
     let at = v.f.user.at(&kvm_translation {
         linear_address: 0x12345,

@@ -9,13 +9,13 @@ use anykvm_abi::*;
 use crate::vcpu::VcpuFixture;
 
 #[test]
-fn argument_must_be_zero() {
+pub fn argument_must_be_zero() {
     let v = VcpuFixture::new();
     assert_eq!(v.call(KVM_RUN, 1), Err(Errno::EINVAL));
 }
 
 #[test]
-fn immediate_exit_enters_nothing() {
+pub fn immediate_exit_enters_nothing() {
     let v = VcpuFixture::new();
     let page = v.page();
     page.write(offset_of!(kvm_run, immediate_exit), 1u8);
@@ -32,7 +32,7 @@ fn immediate_exit_enters_nothing() {
 }
 
 #[test]
-fn cr8_goes_in_and_out_without_an_irqchip() {
+pub fn cr8_goes_in_and_out_without_an_irqchip() {
     let v = VcpuFixture::new();
     let page = v.page();
     page.write(offset_of!(kvm_run, immediate_exit), 1u8);
@@ -45,7 +45,7 @@ fn cr8_goes_in_and_out_without_an_irqchip() {
 }
 
 #[test]
-fn unknown_synchronised_registers_are_refused() {
+pub fn unknown_synchronised_registers_are_refused() {
     let v = VcpuFixture::new();
     let page = v.page();
     for field in [
@@ -66,11 +66,11 @@ fn unknown_synchronised_registers_are_refused() {
 }
 
 #[test]
-fn application_processors_begin_uninitialised() {
+pub fn application_processors_begin_uninitialised() {
     let v = VcpuFixture::with_irqchip();
     let ap = v.f.vcpu(1).unwrap();
     let at = v.f.user.room(4);
-    crate::support::number(ap.ioctl(KVM_GET_MP_STATE, at, &v.f.user)).unwrap();
+    ap.call(KVM_GET_MP_STATE, at, &v.f.user).unwrap();
     let state: kvm_mp_state = v.f.user.value(at);
     assert_eq!(state.mp_state, KVM_MP_STATE_UNINITIALIZED);
 }
