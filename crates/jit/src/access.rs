@@ -23,7 +23,8 @@ use crate::memory::{self, Address, Bytes, Misses, Use};
 use crate::regs::{POINTER, SCRATCH};
 use crate::shared::Shared;
 use crate::sharing::{Group, Member};
-use crate::translate::{Block, Cold, Site, Wish};
+use crate::stubs::Stub;
+use crate::translate::{Block, Site};
 use crate::window;
 
 /// An access whose check has been emitted.
@@ -45,7 +46,7 @@ pub(crate) struct Probe {
     /// The window, and the size it is for.
     window: (u32, usize),
     bytes: Bytes,
-    /// Where to go if the bytes are not in the TLB: index in the list of cold pieces.
+    /// Where to go if the bytes are not in the TLB: the exit.
     miss: usize,
 }
 
@@ -53,33 +54,16 @@ pub(crate) struct Probe {
 pub(crate) struct Refill {
     misses: Misses,
     usage: Use,
-    /// Where to go if it cannot be: index in the list of cold pieces.
+    /// Where to go if it cannot be: the exit.
     otherwise: usize,
 }
 
-/// A function that translated code calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Helper {
-    /// Fills a window, for reads or writes.
-    Probe(Use),
-    /// Fills an entry of level 1.
-    Refill(Use),
-}
-
-impl Helper {
-    /// Its place in the list of helpers.
-    pub fn number(self) -> usize {
-        match self {
-            Self::Probe(usage) => usize::from(usage != Use::Read),
-            Self::Refill(usage) => 2 + usize::from(usage != Use::Read),
-        }
-    }
-}
-
 impl Block {
-    /// What misses a check is looked up behind level 1; what is not there either goes to a cold piece.
+    /// What misses a check is looked up behind level 1; what is not there either goes to an exit.
     pub fn refill_or(&mut self, misses: Misses, usage: Use, otherwise: usize) {
-        self.cold[otherwise].holes.extend(misses.unaligned);
+        if let Some(unaligned) = misses.unaligned {
+            self.exits.lead(unaligned, otherwise);
+        }
         self.refills.push(Refill {
             misses,
             usage,
@@ -92,9 +76,9 @@ impl Block {
         for refill in std::mem::take(&mut self.refills) {
             self.a.land(refill.misses.miss);
             let call = self.a.call();
-            self.calls.push((call, Helper::Refill(refill.usage)));
+            self.outward.push((call, Stub::Refill(refill.usage)));
             let miss = self.a.jne();
-            self.cold[refill.otherwise].holes.push(miss);
+            self.exits.lead(miss, refill.otherwise);
             let back = self.a.jmp();
             self.a.fill(back, refill.misses.back);
         }
@@ -161,8 +145,8 @@ impl Block {
     ) -> Result<Checked, IcedError> {
         self.flags.release_by_scratch(&mut self.a)?;
         let misses = memory::check(&mut self.a, address, bytes)?;
-        let exit = self.leave_from(Vec::new(), site);
-        self.refill_or(misses, bytes.usage, self.cold.len() - 1);
+        let exit = self.leave_from(&[], site);
+        self.refill_or(misses, bytes.usage, exit);
         Ok(Checked {
             address: *address,
             addend: None,
@@ -181,8 +165,8 @@ impl Block {
             return self.check_once(address, bytes, site);
         };
         self.flags.release_by_scratch(&mut self.a)?;
-        let exit = self.leave_from(Vec::new(), site);
-        self.check_window(address, bytes, window, self.cold.len() - 1)?;
+        let exit = self.leave_from(&[], site);
+        self.check_window(address, bytes, window, exit)?;
         Ok(Checked {
             address: *address,
             addend: None,
@@ -215,7 +199,7 @@ impl Block {
             // The first access's instruction was left to the interpreter.
             return self.check_once(address, bytes, site);
         };
-        let exit = self.leave_from(Vec::new(), site);
+        let exit = self.leave_from(&[], site);
         self.fault_exit = Some(exit);
         Ok(Checked {
             address: *address,
@@ -250,25 +234,6 @@ impl Block {
         Ok(place)
     }
 
-    /// A cold piece that goes on at this instruction in a translation that shares nothing.
-    fn apart_from(&mut self, site: Site) -> usize {
-        let exit = self.new_exit(Wish::Link {
-            hole: 0,
-            unlinked: 0,
-            offset: site.at as u64,
-            apart: Some(self.counted.saturating_sub(site.k)),
-            recipe: None,
-        });
-        self.cold.push(Cold {
-            holes: Vec::new(),
-            flags: self.flags.clone(),
-            aside: None,
-            offset: site.at,
-            exit,
-        });
-        self.cold.len() - 1
-    }
-
     /// Emits a check by a window; leaves the addend in RCX.
     fn check_window(
         &mut self,
@@ -290,7 +255,9 @@ impl Block {
             miss,
         });
         let unaligned = memory::test_alignment(&mut self.a, bytes.align)?;
-        self.cold[miss].holes.extend(unaligned);
+        if let Some(unaligned) = unaligned {
+            self.exits.lead(unaligned, miss);
+        }
         Ok(())
     }
 
@@ -307,9 +274,9 @@ impl Block {
             let (number, size) = probe.window;
             window::prepare_probe(&mut self.a, number, size, &probe.bytes)?;
             let call = self.a.call();
-            self.calls.push((call, Helper::Probe(probe.bytes.usage)));
+            self.outward.push((call, Stub::Probe(probe.bytes.usage)));
             let miss = self.a.jne();
-            self.cold[probe.miss].holes.push(miss);
+            self.exits.lead(miss, probe.miss);
             let back = self.a.jmp();
             self.a.fill(back, probe.back);
         }

@@ -1,7 +1,8 @@
-//! Emitting host instructions: iced-x86's encoder, and the few branches that are patched by hand.
+//! Emitting host instructions, and the few branches that are patched by hand.
 
 use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, OpKind, Register};
 
+use crate::encode::{self, Operand};
 use crate::regs::POINTER;
 use crate::shared::Slot;
 
@@ -70,6 +71,10 @@ impl Asm {
         if mentions_pointer(insn) {
             self.pointer = None;
         }
+        if let Some(encoded) = encode::instruction(insn) {
+            encoded.append_to(&mut self.bytes);
+            return Ok(());
+        }
         let done = self.encoder.encode(insn, 0);
         let mut encoded = self.encoder.take_buffer();
         if done.is_ok() {
@@ -78,6 +83,32 @@ impl Asm {
         encoded.clear();
         self.encoder.set_buffer(encoded);
         done.map(|_| ())
+    }
+    /// Appends an instruction with two operands of a form that [`encode`] knows.
+    pub fn emit(
+        &mut self,
+        code: Code,
+        to: impl Into<Operand>,
+        from: impl Into<Operand>,
+    ) -> Result<(), IcedError> {
+        use Operand as O;
+        let operands = [to.into(), from.into()];
+        let Some(encoded) = encode::operands(code, &operands) else {
+            let insn = match operands {
+                [O::Register(to), O::Register(from)] => Instruction::with2(code, to, from),
+                [O::Register(to), O::Memory(from)] => Instruction::with2(code, to, from),
+                [O::Register(to), O::Immediate(n)] => Instruction::with2(code, to, n),
+                [O::Memory(to), O::Register(from)] => Instruction::with2(code, to, from),
+                [O::Memory(to), O::Immediate(n)] => Instruction::with2(code, to, n as i32),
+                [to, from] => unreachable!("{code:?} {to:?} {from:?}"),
+            };
+            return self.put(&insn?);
+        };
+        if operands.iter().any(is_pointer) {
+            self.pointer = None;
+        }
+        encoded.append_to(&mut self.bytes);
+        Ok(())
     }
     fn branch(&mut self, opcode: &[u8]) -> Hole {
         self.bytes.extend_from_slice(opcode);
@@ -100,6 +131,12 @@ impl Asm {
     /// JNE, to be filled in.
     pub fn jne(&mut self) -> Hole {
         self.jcc(5)
+    }
+    /// Puts a number into the lower half of a register, whose upper half becomes 0.
+    pub fn load_number(&mut self, to: Register, number: u32) {
+        debug_assert!(to.is_gpr64() && to < Register::R8);
+        self.bytes.push(0xb8 | to.number() as u8);
+        self.bytes.extend_from_slice(&number.to_le_bytes());
     }
     /// JRCXZ to a position at most 126 bytes behind this one.
     pub fn jrcxz_back(&mut self, to: usize) {
@@ -128,24 +165,28 @@ impl Asm {
     }
     /// MOV between 64-bit registers.
     pub fn mov(&mut self, to: Register, from: Register) -> Result<(), IcedError> {
-        self.put(&Instruction::with2(Code::Mov_r64_rm64, to, from)?)
+        self.emit(Code::Mov_r64_rm64, to, from)
     }
     /// Loads 64 bits.
     pub fn load(&mut self, to: Register, from: MemoryOperand) -> Result<(), IcedError> {
-        self.put(&Instruction::with2(Code::Mov_r64_rm64, to, from)?)
+        self.emit(Code::Mov_r64_rm64, to, from)
     }
     /// Stores 64 bits.
     pub fn store(&mut self, to: MemoryOperand, from: Register) -> Result<(), IcedError> {
-        self.put(&Instruction::with2(Code::Mov_rm64_r64, to, from)?)
+        self.emit(Code::Mov_rm64_r64, to, from)
     }
     /// LEA, 64 bits.
     pub fn lea(&mut self, to: Register, from: MemoryOperand) -> Result<(), IcedError> {
-        self.put(&Instruction::with2(Code::Lea_r64_m, to, from)?)
+        self.emit(Code::Lea_r64_m, to, from)
     }
     /// Stores a 32-bit immediate in 32 bits.
     pub fn store_u32(&mut self, to: MemoryOperand, value: u32) -> Result<(), IcedError> {
-        self.put(&Instruction::with2(Code::Mov_rm32_imm32, to, value)?)
+        self.emit(Code::Mov_rm32_imm32, to, i64::from(value))
     }
+}
+
+fn is_pointer(operand: &Operand) -> bool {
+    matches!(operand, Operand::Register(r) if r.full_register() == POINTER)
 }
 
 /// Whether RCX may be written: it is an operand.

@@ -10,12 +10,13 @@ use anykvm_cpu::Insn;
 use iced_x86::{Code, FlowControl, IcedError, Instruction, MemoryOperand, OpKind, Register};
 
 use crate::asm::{Asm, Hole, at, slot};
+use crate::exits::Wish;
 use crate::flags::Flags;
 use crate::legacy::Word;
 use crate::memory::{Address, Use};
 use crate::regs::{GUEST_RSP, Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
-use crate::translate::{Block, Cold, Done, Site, Wish};
+use crate::translate::{Block, Done, Site};
 use crate::views::Jump;
 
 /// A branch to another page, or what is left to do for it, to be emitted behind the block.
@@ -39,11 +40,11 @@ enum What {
 #[derive(Clone, Copy, Debug)]
 pub struct Crossing {
     /// Position of the view's number; 0 if there is none.
-    pub guard: usize,
+    pub guard: u32,
     /// Position of the branch's displacement.
-    pub hole: usize,
+    pub hole: u32,
     /// The target's offset from the page.
-    pub offset: i64,
+    pub offset: i32,
 }
 
 /// Emits an instruction that branches. `last`: it is the block's last one.
@@ -115,13 +116,13 @@ pub(crate) fn emit_late(b: &mut Block) -> Result<(), IcedError> {
             What::Jump(to, word, exit) => {
                 relative(&mut b.a, word, to)?;
                 let miss = look_up(&mut b.a)?;
-                b.lead_to(miss, exit);
+                b.exits.lead(miss, exit);
                 jump_to_found(b)?;
             }
             What::Call(to, exit, site) => {
                 relative(&mut b.a, b.word, to)?;
                 let miss = look_up(&mut b.a)?;
-                b.lead_to(miss, exit);
+                b.exits.lead(miss, exit);
                 call_found(b, site)?;
             }
         }
@@ -150,11 +151,11 @@ fn jump(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
 fn go_outside(b: &mut Block, to: i64, site: Site) -> Result<(), IcedError> {
     let Some(displacement) = displacement(b, to) else {
         let hole = b.a.jmp();
-        b.leave_from(vec![hole], site);
+        b.leave_from(&[hole], site);
         return Ok(());
     };
     b.flags.release(&mut b.a)?;
-    let exit = b.leave_from(Vec::new(), site);
+    let exit = b.leave_from(&[], site);
     cross(b, displacement, b.word, exit)
 }
 
@@ -165,14 +166,7 @@ pub(crate) fn go_on(b: &mut Block, offset: i64) -> Result<(), IcedError> {
         return b.link_to(offset);
     }
     b.flags.release(&mut b.a)?;
-    let exit = b.new_exit(Wish::Request);
-    b.cold.push(Cold {
-        holes: Vec::new(),
-        flags: b.flags.clone(),
-        offset,
-        exit,
-        aside: None,
-    });
+    let exit = b.exits.add(Wish::Request, offset, b.flags.clone());
     // Behind the last byte of 4 GiB there is no wrap: that RIP is beyond every limit.
     cross(b, offset, Word::Quad, exit)
 }
@@ -190,11 +184,7 @@ fn cross(b: &mut Block, to: i64, word: Word, exit: usize) -> Result<(), IcedErro
 /// Asks whether the branch is linked for the current view, and puts off what is to be done if not.
 /// Returns the position of the view's number.
 fn guard(b: &mut Block, what: What) -> Result<usize, IcedError> {
-    b.a.put(&Instruction::with2(
-        Code::Cmp_rm32_imm32,
-        slot(Slot::View),
-        0u32,
-    )?)?;
+    b.a.emit(Code::Cmp_rm32_imm32, slot(Slot::View), 0u32)?;
     let guard = b.a.here() - 4;
     let hole = b.a.jne();
     let flags = b.flags.clone();
@@ -204,15 +194,13 @@ fn guard(b: &mut Block, what: What) -> Result<usize, IcedError> {
 
 /// The jump to another page that is linked for one view, and at first for none.
 fn jump_across(b: &mut Block, guard: usize, offset: i64, exit: usize) {
-    let hole = b.a.jmp().0;
-    b.crossings.push((
-        exit,
-        Crossing {
-            guard,
-            hole,
-            offset,
-        },
-    ));
+    let hole = b.a.jmp().0 as u32;
+    let crossing = Crossing {
+        guard: guard as u32,
+        hole,
+        offset: offset as i32,
+    };
+    b.crossings.push((exit, crossing));
 }
 
 /// The page at this offset becomes the current one.
@@ -232,15 +220,15 @@ fn relative(a: &mut Asm, word: Word, offset: i64) -> Result<(), IcedError> {
 fn look_up(a: &mut Asm) -> Result<Hole, IcedError> {
     let index = Instruction::with2(Code::Movzx_r32_rm16, Register::ECX, Register::R15W)?;
     a.put(&index)?;
-    a.put(&Instruction::with2(
+    a.emit(
         Code::Shl_rm32_imm8,
         Register::ECX,
         size_of::<Jump>().trailing_zeros(),
-    )?)?;
+    )?;
     let table = slot(Slot::Jumps);
-    a.put(&Instruction::with2(Code::Add_r64_rm64, POINTER, table)?)?;
+    a.emit(Code::Add_r64_rm64, POINTER, table)?;
     let rip = at(POINTER, offset_of!(Jump, rip) as i64);
-    a.put(&Instruction::with2(Code::Cmp_r64_rm64, SCRATCH, rip)?)?;
+    a.emit(Code::Cmp_r64_rm64, SCRATCH, rip)?;
     Ok(a.jne())
 }
 
@@ -250,11 +238,7 @@ fn found() -> MemoryOperand {
 
 /// The page of the RIP in R15 becomes the current one. Destroys the flags.
 fn enter_page(a: &mut Asm) -> Result<(), IcedError> {
-    a.put(&Instruction::with2(
-        Code::And_rm64_imm32,
-        SCRATCH,
-        -4096i32,
-    )?)?;
+    a.emit(Code::And_rm64_imm32, SCRATCH, -4096i32)?;
     a.store(slot(Slot::Page), SCRATCH)
 }
 
@@ -294,7 +278,7 @@ fn call(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
         return Ok(Done::Unsupported);
     };
     b.flags.release(&mut b.a)?;
-    let exit = b.leave_from(Vec::new(), site);
+    let exit = b.leave_from(&[], site);
     let guard = guard(b, What::Call(displacement, exit, site))?;
     push_return(b, site)?;
     b.flags.release(&mut b.a)?;
@@ -346,7 +330,7 @@ fn jump_indirect(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedErr
         return Ok(Done::Unsupported);
     }
     let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
+    b.leave_from(&[miss], site);
     jump_to_found(b)?;
     Ok(Done::Ends)
 }
@@ -356,7 +340,7 @@ fn call_indirect(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedErr
         return Ok(Done::Unsupported);
     }
     let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
+    b.leave_from(&[miss], site);
     call_found(b, site)
 }
 
@@ -373,7 +357,7 @@ fn ret(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     word.load(&mut b.a, SCRATCH, from)?;
     b.flags.release(&mut b.a)?;
     let miss = look_up(&mut b.a)?;
-    b.leave_from(vec![miss], site);
+    b.leave_from(&[miss], site);
     enter_page(&mut b.a)?;
     move_stack(b, word.bytes() + drop)?;
     b.a.put(&Instruction::with1(Code::Jmp_rm64, found())?)?;

@@ -38,7 +38,7 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
         } else {
             (Code::Mov_r32_rm32, Register::R15D)
         };
-        b.a.put(&Instruction::with2(code, to, from)?)?;
+        b.a.emit(code, to, from)?;
     } else {
         match home(raw.op0_register().full_register().number()) {
             Home::Host(r) => b.a.mov(SCRATCH, r)?,
@@ -52,7 +52,7 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
     } else {
         check_unsigned(b, wide, &mut holes)?;
     }
-    let exit = b.leave_from(holes, site);
+    let exit = b.leave_from(&holes, site);
     // A recipe would need the register that holds the divisor.
     match before {
         Flags::Kept => b.flags.restore(&mut b.a)?,
@@ -89,7 +89,7 @@ fn check_unsigned(
     } else {
         (Code::Cmp_r32_rm32, Register::EDX, Register::R15D)
     };
-    b.a.put(&Instruction::with2(code, upper, divisor)?)?;
+    b.a.emit(code, upper, divisor)?;
     holes.push(b.a.jcc(3));
     Ok(())
 }
@@ -102,36 +102,20 @@ fn check_signed(
 ) -> Result<(), IcedError> {
     if wide {
         b.a.mov(POINTER, Register::RAX)?;
-        b.a.put(&Instruction::with2(Code::Sar_rm64_imm8, POINTER, 63)?)?;
-        b.a.put(&Instruction::with2(
-            Code::Cmp_r64_rm64,
-            POINTER,
-            Register::RDX,
-        )?)?;
+        b.a.emit(Code::Sar_rm64_imm8, POINTER, 63)?;
+        b.a.emit(Code::Cmp_r64_rm64, POINTER, Register::RDX)?;
     } else {
-        b.a.put(&Instruction::with2(
-            Code::Mov_r32_rm32,
-            Register::ECX,
-            Register::EAX,
-        )?)?;
-        b.a.put(&Instruction::with2(Code::Sar_rm32_imm8, Register::ECX, 31)?)?;
-        b.a.put(&Instruction::with2(
-            Code::Cmp_r32_rm32,
-            Register::ECX,
-            Register::EDX,
-        )?)?;
+        b.a.emit(Code::Mov_r32_rm32, Register::ECX, Register::EAX)?;
+        b.a.emit(Code::Sar_rm32_imm8, Register::ECX, 31)?;
+        b.a.emit(Code::Cmp_r32_rm32, Register::ECX, Register::EDX)?;
     }
     holes.push(b.a.jne());
     if wide {
         b.a.lea(POINTER, at(SCRATCH, 1))?;
-        b.a.put(&Instruction::with2(Code::Cmp_rm64_imm8, POINTER, 1)?)?;
+        b.a.emit(Code::Cmp_rm64_imm8, POINTER, 1)?;
     } else {
-        b.a.put(&Instruction::with2(
-            Code::Lea_r32_m,
-            Register::ECX,
-            at(SCRATCH, 1),
-        )?)?;
-        b.a.put(&Instruction::with2(Code::Cmp_rm32_imm8, Register::ECX, 1)?)?;
+        b.a.emit(Code::Lea_r32_m, Register::ECX, at(SCRATCH, 1))?;
+        b.a.emit(Code::Cmp_rm32_imm8, Register::ECX, 1)?;
     }
     // Below or equal.
     holes.push(b.a.jcc(6));

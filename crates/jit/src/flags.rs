@@ -189,7 +189,8 @@ fn keep_by_scratch(a: &mut Asm) -> Result<(), IcedError> {
     a.mov(Register::RAX, SCRATCH)
 }
 
-fn restore(a: &mut Asm) -> Result<(), IcedError> {
+/// Puts the flags in [`Slot::KeptFlags`] into the host's.
+pub fn restore(a: &mut Asm) -> Result<(), IcedError> {
     a.store(slot(Slot::Rax), Register::RAX)?;
     a.load(Register::RAX, slot(Slot::KeptFlags))?;
     load_flags(a)?;
@@ -198,11 +199,7 @@ fn restore(a: &mut Asm) -> Result<(), IcedError> {
 
 /// Sets the host's status flags from AX as `keep` makes it. Destroys AL.
 pub fn load_flags(a: &mut Asm) -> Result<(), IcedError> {
-    a.put(&Instruction::with2(
-        Code::Add_AL_imm8,
-        Register::AL,
-        0x7fu32,
-    )?)?;
+    a.emit(Code::Add_AL_imm8, Register::AL, 0x7fu32)?;
     a.put(&Instruction::with(Code::Sahf))
 }
 

@@ -8,7 +8,7 @@
 use anykvm_cpu::mode::Mode;
 use anykvm_cpu::state::Segment;
 use anykvm_cpu::{Cpu, Insn};
-use iced_x86::{Code, CodeSize, IcedError, Instruction, MemoryOperand, Register};
+use iced_x86::{Code, CodeSize, IcedError, MemoryOperand, Register};
 
 use crate::asm::Asm;
 
@@ -76,7 +76,7 @@ impl Word {
             Self::Quad => Code::Mov_r64_rm64,
             Self::Double => Code::Mov_r32_rm32,
         };
-        a.put(&Instruction::with2(code, self.part(to), from)?)
+        a.emit(code, self.part(to), from)
     }
     /// Stores a word.
     pub fn store(self, a: &mut Asm, to: MemoryOperand, from: Register) -> Result<(), IcedError> {
@@ -84,7 +84,7 @@ impl Word {
             Self::Quad => Code::Mov_rm64_r64,
             Self::Double => Code::Mov_rm32_r32,
         };
-        a.put(&Instruction::with2(code, to, self.part(from))?)
+        a.emit(code, to, self.part(from))
     }
     /// Moves a word.
     pub fn mov(self, a: &mut Asm, to: Register, from: Register) -> Result<(), IcedError> {
@@ -92,7 +92,7 @@ impl Word {
             Self::Quad => Code::Mov_r64_rm64,
             Self::Double => Code::Mov_r32_rm32,
         };
-        a.put(&Instruction::with2(code, self.part(to), self.part(from))?)
+        a.emit(code, self.part(to), self.part(from))
     }
     /// LEA with a result of this size.
     pub fn lea(self, a: &mut Asm, to: Register, from: MemoryOperand) -> Result<(), IcedError> {
@@ -100,7 +100,7 @@ impl Word {
             Self::Quad => Code::Lea_r64_m,
             Self::Double => Code::Lea_r32_m,
         };
-        a.put(&Instruction::with2(code, self.part(to), from)?)
+        a.emit(code, self.part(to), from)
     }
 }
 
@@ -142,7 +142,7 @@ mod tests {
         let mut without = Vec::new();
         for code in Code::values() {
             let op = code.op_code();
-            let i = &mut Instruction::default();
+            let i = &mut iced_x86::Instruction::default();
             i.set_code(code);
             if op.mode32() && crate::simple::level(i).is_some() {
                 let host = general(code);

@@ -15,8 +15,11 @@ mod branch;
 mod budget;
 mod cache;
 mod divide;
+mod encode;
+pub mod exits;
 mod extent;
 mod flags;
+mod forms;
 mod legacy;
 pub mod listing;
 mod memory;
@@ -57,6 +60,7 @@ use cache::Cache;
 use flags::Recipe;
 use profile::Profile;
 use shared::Shared;
+use stubs::Stubs;
 use table::{APART, Table, Translated};
 use translate::Manner;
 use views::Views;
@@ -89,11 +93,7 @@ pub struct Jit {
     account: Account,
     cache: Cache,
     shared: Box<Shared>,
-    /// `extern "sysv64" fn(entry, *mut Shared)`.
-    enter: u64,
-    leave: u64,
-    loaders: [u64; 5],
-    helpers: [u64; 4],
+    stubs: Stubs,
     /// The windows that are taken next, by supervisor and user code.
     next_windows: [window::Next; 2],
     table: Table,
@@ -135,10 +135,10 @@ impl Jit {
         let mut cache = Cache::new(budget.limit()).map_err(|e| {
             io::Error::new(e.kind(), format!("no executable memory can be had: {e}"))
         })?;
-        let stubs = stubs::stubs().map_err(io::Error::other)?;
-        let base = Some(Cache::room(stubs.bytes.len()))
+        let (code, stubs) = stubs::stubs().map_err(io::Error::other)?;
+        let base = Some(Cache::room(code.len()))
             .filter(|room| account.take(*room))
-            .and_then(|_| cache.add(&stubs.bytes))
+            .and_then(|_| cache.add(&code))
             .ok_or_else(|| io::Error::other("the code cache is too small"))?;
         cache.keep();
         let accesses = CodeMap::new(base);
@@ -147,10 +147,7 @@ impl Jit {
             account,
             cache,
             shared: Shared::new(),
-            enter: base + stubs.enter as u64,
-            leave: base + stubs.leave as u64,
-            loaders: stubs.loaders.map(|at| base + at as u64),
-            helpers: stubs.helpers.map(|at| base + at as u64),
+            stubs: stubs.moved(base),
             next_windows: Default::default(),
             table: Table::default(),
             accesses,
@@ -241,7 +238,7 @@ impl Jit {
             return None;
         }
         let base = self.cache.next();
-        t.connect(base, self.leave, &self.loaders, &self.helpers);
+        t.connect(base, &self.stubs);
         let base = self.cache.add(&t.bytes)?;
         for (access, resume) in &t.accesses {
             self.accesses
@@ -267,12 +264,12 @@ impl Jit {
                 recipes: t.recipes,
                 wants_recipe: t.wants_recipe,
                 host: place.0,
+                base,
                 incoming: Vec::new(),
             },
             &t.exits,
-            base,
         );
-        self.table.insert_crossings(first, &t.crossings, base);
+        self.table.insert_crossings(first, &t.crossings);
         Some(n)
     }
 
@@ -350,9 +347,9 @@ impl Jit {
         if u64::from(number) != view || self.views.is_several(origin) {
             return;
         }
-        if let Some((crossing, to)) = self.table.cross(exit, n, page, rip) {
-            self.redirect(crossing.hole as u64, to);
-            self.cache.patch(crossing.guard as u64, number as i32);
+        if let Some((guard, hole, to)) = self.table.cross(exit, n, page, rip) {
+            self.redirect(hole, to);
+            self.cache.patch(guard, number as i32);
         }
     }
 
@@ -364,7 +361,10 @@ impl Jit {
         if let Some(n) = self.table.find(place, &bytes) {
             return Some(n);
         }
-        self.make(place, insns, bytes, mode, Some(recipe))
+        let began = Instant::now();
+        let made = self.make(place, insns, bytes, mode, Some(recipe));
+        self.stats.translation_ns += began.elapsed().as_nanos() as u64;
+        made
     }
 }
 

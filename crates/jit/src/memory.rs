@@ -7,7 +7,7 @@ use anykvm_cpu::Insn;
 use anykvm_cpu::decode::SEG_CHECKED;
 use anykvm_cpu::state::{reg, seg};
 use anykvm_cpu::translator::{TLB_ADDEND, TLB_INDEX_MASK, TLB_INDEX_SHIFT, TLB_READ, TLB_WRITE};
-use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
+use iced_x86::{Code, IcedError, MemoryOperand, Register};
 
 use crate::asm::{Asm, Hole, at, indexed, slot};
 use crate::legacy::{Word, low_half};
@@ -136,12 +136,12 @@ impl Address {
             } else {
                 (Code::Lea_r64_m, to)
             };
-            a.put(&Instruction::with2(code, to, m)?)
+            a.emit(code, to, m)
         };
         let s = self.scale;
         match (self.base, self.index) {
             (Part::None, Part::None) => {
-                a.put(&Instruction::with2(Code::Mov_rm64_imm32, to, d as i32)?)?;
+                a.emit(Code::Mov_rm64_imm32, to, d as i32)?;
                 if self.narrow {
                     lea(a, to, at(to, 0))?;
                 }
@@ -170,7 +170,7 @@ impl Address {
             (Part::Memory(b), Part::Memory(i)) => {
                 a.load(to, slot(i))?;
                 a.lea(to, indexed(Register::None, to, s, d))?;
-                a.put(&Instruction::with2(Code::Add_r64_rm64, to, slot(b))?)?;
+                a.emit(Code::Add_r64_rm64, to, slot(b))?;
                 if self.narrow {
                     lea(a, to, at(to, 0))?;
                 }
@@ -182,7 +182,7 @@ impl Address {
             } else {
                 (Code::Add_r64_rm64, to)
             };
-            a.put(&Instruction::with2(code, to, slot(base))?)?;
+            a.emit(code, to, slot(base))?;
         }
         if self.narrow && plus != 0 {
             a.lea(to, at(to, plus))?;
@@ -221,11 +221,7 @@ pub fn test_alignment(a: &mut Asm, align: i64) -> Result<Option<Hole>, IcedError
         return Ok(None);
     }
     let mask = align as u32 - 1;
-    a.put(&Instruction::with2(
-        Code::Test_rm8_imm8,
-        Register::R15L,
-        mask,
-    )?)?;
+    a.emit(Code::Test_rm8_imm8, Register::R15L, mask)?;
     Ok(Some(a.jne()))
 }
 
@@ -244,41 +240,17 @@ pub struct Misses {
 pub fn check(a: &mut Asm, address: &Address, bytes: &Bytes) -> Result<Misses, IcedError> {
     address.compute(a, SCRATCH, bytes.from)?;
     let unaligned = test_alignment(a, bytes.align)?;
-    a.put(&Instruction::with2(
-        Code::Shr_rm64_imm8,
-        SCRATCH,
-        TLB_INDEX_SHIFT,
-    )?)?;
-    a.put(&Instruction::with2(
-        Code::And_rm32_imm32,
-        Register::R15D,
-        TLB_INDEX_MASK,
-    )?)?;
-    a.put(&Instruction::with2(
-        Code::Add_r64_rm64,
-        SCRATCH,
-        slot(Slot::Level1),
-    )?)?;
+    a.emit(Code::Shr_rm64_imm8, SCRATCH, TLB_INDEX_SHIFT)?;
+    a.emit(Code::And_rm32_imm32, Register::R15D, TLB_INDEX_MASK)?;
+    a.emit(Code::Add_r64_rm64, SCRATCH, slot(Slot::Level1))?;
     address.compute(a, POINTER, bytes.from + bytes.count as i64 - 1)?;
-    a.put(&Instruction::with2(
-        Code::And_rm64_imm32,
-        POINTER,
-        -4096i32,
-    )?)?;
-    a.put(&Instruction::with2(
-        Code::Or_r64_rm64,
-        POINTER,
-        slot(address.asn()),
-    )?)?;
+    a.emit(Code::And_rm64_imm32, POINTER, -4096i32)?;
+    a.emit(Code::Or_r64_rm64, POINTER, slot(address.asn()))?;
     let tag = match bytes.usage {
         Use::Read => TLB_READ,
         Use::Write | Use::Atomic => TLB_WRITE,
     };
-    a.put(&Instruction::with2(
-        Code::Cmp_r64_rm64,
-        POINTER,
-        at(SCRATCH, tag),
-    )?)?;
+    a.emit(Code::Cmp_r64_rm64, POINTER, at(SCRATCH, tag))?;
     let miss = a.jne();
     let back = a.here();
     a.load(POINTER, at(SCRATCH, TLB_ADDEND))?;
@@ -339,11 +311,11 @@ fn legacy_operand(a: &mut Asm, address: &Address, base: Slot) -> Result<MemoryOp
     address.compute(a, SCRATCH, 0)?;
     a.store(slot(Slot::Target), POINTER)?;
     a.load(POINTER, slot(base))?;
-    a.put(&Instruction::with2(
+    a.emit(
         Code::Lea_r32_m,
         Register::R15D,
         indexed(SCRATCH, POINTER, 1, 0),
-    )?)?;
+    )?;
     a.load(POINTER, slot(Slot::Target))?;
     a.lea(POINTER, indexed(POINTER, SCRATCH, 1, 0))?;
     Ok(at(POINTER, 0))

@@ -34,6 +34,8 @@ pub(crate) struct Plan {
     second: Option<Spill>,
     /// Host registers it writes.
     pub written: u16,
+    /// Guest registers it writes, a bit for each.
+    pub changed: u16,
     /// It shifts by CL.
     pub count_in_cl: bool,
     /// AH to BH are among the operands: no REX prefix is possible.
@@ -42,13 +44,13 @@ pub(crate) struct Plan {
 
 /// The address of LEA, when a part of it is in memory.
 pub(crate) struct Lea {
-    parts: Vec<(Register, Slot)>,
+    parts: [Option<(Register, Slot)>; 2],
 }
 
 impl Lea {
     pub fn emit(&self, b: &mut Block) -> Result<(), IcedError> {
-        for (to, from) in &self.parts {
-            b.a.load(*to, slot(*from))?;
+        for (to, from) in self.parts.into_iter().flatten() {
+            b.a.load(to, slot(from))?;
         }
         Ok(())
     }
@@ -59,9 +61,8 @@ impl Plan {
         self.spilled.into_iter().chain(self.second)
     }
 
-    pub fn of(insn: &Insn, site: Site) -> Option<Self> {
+    pub fn of(insn: &Insn, site: Site, factory: &mut InstructionInfoFactory) -> Option<Self> {
         let raw = &insn.raw;
-        let mut factory = InstructionInfoFactory::new();
         let info = factory.info(raw);
         let mut plan = Self {
             insn: *raw,
@@ -70,6 +71,7 @@ impl Plan {
             spilled: None,
             second: None,
             written: 0,
+            changed: 0,
             count_in_cl: false,
             legacy_registers_only: false,
         };
@@ -104,10 +106,12 @@ impl Plan {
                 continue;
             }
             let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead);
-            if let Home::Host(h) = home(r.full_register().number())
-                && writes
-            {
-                plan.written |= bit(h);
+            if writes {
+                let n = r.full_register().number();
+                plan.changed |= 1 << n;
+                if let Home::Host(h) = home(n) {
+                    plan.written |= bit(h);
+                }
             }
             if !plan.explains(raw, r, writes) {
                 return None;
@@ -228,13 +232,13 @@ impl Plan {
     fn lea_uses(&self, r: Register) -> bool {
         self.lea
             .as_ref()
-            .is_some_and(|l| l.parts.iter().any(|(p, _)| *p == r))
+            .is_some_and(|l| l.parts.iter().flatten().any(|(p, _)| *p == r))
     }
 
     /// LEA computes from renamed registers; its segment does not matter.
     fn rename_lea(&mut self, insn: &Insn, site: Site) -> Option<()> {
         let raw = &insn.raw;
-        let mut parts = Vec::new();
+        let mut parts = [None; 2];
         self.insn.set_segment_prefix(Register::None);
         if raw.is_ip_rel_memory_operand() {
             if raw.memory_base() != Register::RIP {
@@ -242,12 +246,12 @@ impl Plan {
             }
             let d = insn.disp as i64 + site.next;
             i32::try_from(d).ok()?;
-            parts.push((POINTER, Slot::Page));
+            parts[0] = Some((POINTER, Slot::Page));
             set_memory(&mut self.insn, at(POINTER, d));
             self.lea = Some(Lea { parts });
             return Some(());
         }
-        let mut free = [POINTER, SCRATCH].into_iter();
+        let mut free = [POINTER, SCRATCH].into_iter().zip(&mut parts);
         let mut rename = |r: Register| -> Option<Register> {
             if r == Register::None {
                 return Some(r);
@@ -255,8 +259,8 @@ impl Plan {
             match home(r.full_register().number()) {
                 Home::Host(h) => Some(sized(h, r)),
                 Home::Spilled(s) => {
-                    let f = free.next()?;
-                    parts.push((f, s));
+                    let (f, part) = free.next()?;
+                    *part = Some((f, s));
                     Some(sized(f, r))
                 }
             }

@@ -25,8 +25,8 @@ fn index(a: &mut Asm, to: Register, mask: u32, table: Slot) -> Result<(), IcedEr
     a.mov(to, POINTER)?;
     let shift = Instruction::with2(Code::Shr_rm64_imm8, to, TLB_INDEX_SHIFT)?;
     a.put(&shift)?;
-    a.put(&Instruction::with2(Code::And_rm32_imm32, low, mask)?)?;
-    a.put(&Instruction::with2(Code::Add_r64_rm64, to, slot(table))?)
+    a.emit(Code::And_rm32_imm32, low, mask)?;
+    a.emit(Code::Add_r64_rm64, to, slot(table))
 }
 
 fn refill(a: &mut Asm, write: bool) -> Result<usize, IcedError> {
@@ -46,9 +46,9 @@ fn refill(a: &mut Asm, write: bool) -> Result<usize, IcedError> {
     let op = |a: &mut Asm, insn: Result<Instruction, IcedError>| a.put(&insn?);
     let counted = |a: &mut Asm, field: i64| -> Result<_, IcedError> {
         let now = shared(Slot::ReadyCounts as i64 + field - READY_COUNTS);
-        a.put(&Instruction::with2(C::Mov_r32_rm32, R::EDX, now)?)?;
+        a.emit(C::Mov_r32_rm32, R::EDX, now)?;
         let then = at(R::RAX, field);
-        a.put(&Instruction::with2(C::Cmp_r32_rm32, R::EDX, then)?)?;
+        a.emit(C::Cmp_r32_rm32, R::EDX, then)?;
         Ok(a.jne())
     };
     let mut misses = Vec::new();

@@ -9,10 +9,12 @@ use anykvm_cpu::translator::{Code, Translator, TranslatorStats};
 use anykvm_cpu::{Cpu, Exit};
 
 use crate::Jit;
+use crate::exits::Wish;
 use crate::legacy;
 use crate::shared::Shared;
+use crate::stubs::Stub;
 use crate::table::APART;
-use crate::translate::{self, Wish};
+use crate::translate;
 use crate::vectors::Level;
 use crate::x87;
 
@@ -129,14 +131,14 @@ impl Jit {
             let counted = std::mem::take(&mut self.shared.instructions);
             self.stats.executed = self.stats.executed.wrapping_add(counted);
             let number = self.shared.exit as u32;
-            let Some((insns, needs, wish)) = self.table.exit(number) else {
+            let Some(taken) = self.table.taken(number) else {
                 return Ok(false);
             };
             if self.table.crosses(number) {
                 self.pending = Some(number);
                 self.crossed = (view, self.shared.page, 0);
             }
-            match wish {
+            match taken.wish {
                 Wish::Request => return Ok(false),
                 Wish::Block => {
                     if let Some(id) = cpu.block_here()? {
@@ -153,14 +155,15 @@ impl Jit {
                     resume,
                     guarded,
                 } => {
+                    let insn = usize::from(insn);
                     let rest = if self.options.count {
-                        translate::run_length(insns.get(insn..).unwrap_or_default()) as u64
+                        translate::run_length(taken.insns.get(insn..).unwrap_or_default()) as u64
                     } else {
                         0
                     };
                     // All of them were counted when the first was reached.
                     self.stats.executed -= rest;
-                    let Some(insn) = insns.get(insn) else {
+                    let Some(insn) = taken.insns.get(insn) else {
                         return Ok(false);
                     };
                     self.stats.left += 1;
@@ -173,8 +176,8 @@ impl Jit {
                     match (go_on, resume) {
                         (true, Some(at)) => {
                             self.stats.executed += rest.saturating_sub(1);
-                            entry = at as u64;
-                            level = needs;
+                            entry = taken.base + u64::from(at);
+                            level = taken.level;
                         }
                         _ => return Ok(true),
                     }
@@ -193,7 +196,7 @@ impl Jit {
         }
         s.allow = [Level::Sse, Level::Avx, Level::Avx512].map(|l| u64::from(l <= available));
         s.x87.allow = x87::allowed(&cpu.state).into();
-        s.load = self.loaders[level as usize];
+        s.load = self.stubs.address(Stub::Load(level));
         s.windows
             .empty_if_changed(cpu.mode().user(), cpu.tlb_state());
         let f = cpu.state.rflags;
@@ -216,10 +219,13 @@ impl Jit {
         // area; and guest RAM through TLB entries of the map the processor holds.
         fault::in_code(&self.accesses, || unsafe {
             let enter: unsafe extern "sysv64" fn(u64, *mut Shared) =
-                std::mem::transmute(self.enter as *const u8);
+                std::mem::transmute(self.stubs.enter as *const u8);
             enter(entry, s);
         });
-        cpu.state.set_rip(s.rip);
+        let Some(offset) = self.table.offset(s.exit as u32) else {
+            unreachable!("translated code has no exits but those of the table");
+        };
+        cpu.state.set_rip(s.page.wrapping_add(offset as u64));
         cpu.state
             .set_status(s.flags >> 8 & 0xd5 | (s.flags & 1) << 11);
         self.stats.entries += 1;

@@ -16,8 +16,8 @@ use crate::x87::X87;
 pub struct Shared {
     /// Guest R10, R11 and R15.
     pub spilled: [u64; 3],
-    /// RIP, when translated code is left.
-    pub rip: u64,
+    /// The current view's number.
+    pub view: u64,
     /// The page of RIP: translations are made for a host page and may run at several addresses.
     pub page: u64,
     /// The status flags when translated code is entered or left: AH as LAHF makes it, AL is OF.
@@ -67,8 +67,6 @@ pub struct Shared {
     pub refill: [u64; 2],
     /// The TLB's entries behind level 1 for the running code's privilege, and the counts they must rest on.
     pub ready: [u64; 2],
-    /// The current view's number.
-    pub view: u64,
     /// Addends that accesses of the running block share.
     pub kept: [u64; GROUPS],
     /// See [`crate::window`].
@@ -85,7 +83,7 @@ pub enum Slot {
     Spilled0 = 0,
     Spilled1 = 8,
     Spilled2 = 16,
-    Rip = 24,
+    View = 24,
     Page = 32,
     Flags = 40,
     KeptFlags = 48,
@@ -120,7 +118,6 @@ pub enum Slot {
     Refill1 = 280,
     Ready = 288,
     ReadyCounts = 296,
-    View = 304,
 }
 
 const _: () = {

@@ -143,7 +143,7 @@ impl Access {
     }
 
     /// What the translator of this instruction will check, if it checks one access.
-    fn of(insn: &Insn, site: Site) -> Option<Self> {
+    fn of(insn: &Insn, site: Site, plan: Option<&Plan>) -> Option<Self> {
         use Code as C;
         let raw = &insn.raw;
         let memory = raw.op0_kind() == OpKind::Memory;
@@ -158,12 +158,11 @@ impl Access {
                 Self::operand(insn, site, 8, Use::Read, false)
             }
             C::Div_rm32 | C::Idiv_rm32 if memory => Self::operand(insn, site, 4, Use::Read, false),
-            _ if simple::level(raw).is_some() => {
-                let (_, usage, size) = Plan::of(insn, site)?.memory?;
+            _ => {
+                let (_, usage, size) = plan?.memory?;
                 let aligned = must_be_aligned(raw, size, usage);
                 Self::operand(insn, site, size, usage, aligned)
             }
-            _ => None,
         }
     }
 
@@ -254,7 +253,13 @@ impl Registers {
     }
 
     /// What an instruction does to the registers.
-    fn step(&mut self, insn: &Insn, site: Site, factory: &mut InstructionInfoFactory) {
+    fn step(
+        &mut self,
+        insn: &Insn,
+        site: Site,
+        plan: Option<&Plan>,
+        factory: &mut InstructionInfoFactory,
+    ) {
         use Code as C;
         let raw = &insn.raw;
         let rsp = usize::from(reg::RSP);
@@ -287,6 +292,12 @@ impl Registers {
                 self.values[rsp] = (symbol, offset.wrapping_add(8));
                 self.forget(reg::RBP.into());
             }
+            _ if plan.is_some() => {
+                let changed = plan.map_or(0, |p| p.changed);
+                let registers = (0..16).filter(|n| changed & 1 << n != 0);
+                registers.for_each(|n| self.forget(n));
+            }
+            _ if raw.is_jcc_short_or_near() => {}
             _ if simple::level(raw).is_none() && !is_known(raw) => {
                 // The interpreter's: whatever it does.
                 (0..16).for_each(|n| self.forget(n));
@@ -308,7 +319,7 @@ impl Registers {
 /// Whether an instruction without a level is translated, too.
 fn is_known(raw: &Instruction) -> bool {
     use Mnemonic as M;
-    raw.is_jcc_short_or_near() || matches!(raw.mnemonic(), M::Div | M::Idiv | M::Nop | M::Endbr64)
+    matches!(raw.mnemonic(), M::Div | M::Idiv | M::Nop | M::Endbr64)
 }
 
 impl Sharing {
@@ -317,9 +328,14 @@ impl Sharing {
         Self::default()
     }
 
-    /// Finds the groups of a block that begins `start` bytes into its page.
-    pub fn of(insns: &[Insn], start: i64) -> Self {
-        let mut factory = InstructionInfoFactory::new();
+    /// Finds the groups of a block that begins `start` bytes into its page. `plans` are those of its
+    /// instructions that have one.
+    pub fn of(
+        insns: &[Insn],
+        plans: &[Option<Plan>],
+        start: i64,
+        factory: &mut InstructionInfoFactory,
+    ) -> Self {
         let mut registers = Registers::new();
         let mut groups: Vec<Group> = Vec::new();
         let mut members = Vec::with_capacity(insns.len());
@@ -327,7 +343,8 @@ impl Sharing {
         for (k, insn) in insns.iter().enumerate() {
             let next = at + i64::from(insn.len);
             let site = Site { k, at, next };
-            let member = Access::of(insn, site)
+            let plan = plans.get(k).and_then(Option::as_ref);
+            let member = Access::of(insn, site, plan)
                 .and_then(|access| Some((registers.locate(&access)?, access)))
                 .map(|((key, offset), access)| Member {
                     group: assign(&mut groups, k, key, offset, &access),
@@ -336,7 +353,7 @@ impl Sharing {
                     size: access.size,
                 });
             members.push(member);
-            registers.step(insn, site, &mut factory);
+            registers.step(insn, site, plan, factory);
             at = next;
         }
         let mut number = 0;

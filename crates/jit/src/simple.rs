@@ -1,7 +1,7 @@
 //! Instructions that compute and go on: the guest's own instruction with its operands renamed.
 
 use anykvm_cpu::Insn;
-use iced_x86::{IcedError, Instruction, Mnemonic, OpKind, RflagsBits};
+use iced_x86::{IcedError, Instruction, InstructionInfoFactory, Mnemonic, OpKind, RflagsBits};
 
 use crate::asm::slot;
 use crate::flags::{Flags, recipe, wants_operand};
@@ -46,9 +46,25 @@ pub(crate) fn emit(
         | M::Prefetcht2
         | M::Prefetchnta
         | M::Prefetchw => Ok(Done::Next),
-        _ if level(&insn.raw).is_some() => general(b, insn, site, later),
-        _ => Ok(Done::Unsupported),
+        _ => general(b, insn, site, later),
     }
+}
+
+/// How the instructions of a block that begins `start` bytes into its page are renamed that [`general`]
+/// translates.
+pub(crate) fn plans(
+    insns: &[Insn],
+    start: i64,
+    factory: &mut InstructionInfoFactory,
+) -> Vec<Option<Plan>> {
+    let mut at = start;
+    let plan = |(k, insn): (usize, &Insn)| {
+        let next = at + i64::from(insn.len);
+        let site = Site { k, at, next };
+        at = next;
+        level(&insn.raw).and_then(|_| Plan::of(insn, site, factory))
+    };
+    insns.iter().enumerate().map(plan).collect()
 }
 
 /// The vector registers an instruction needs, if it is one that [`general`] may translate.
@@ -189,7 +205,7 @@ fn overwrites_flags(i: &Instruction) -> bool {
 
 fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Done, IcedError> {
     let raw = &insn.raw;
-    let Some(plan) = Plan::of(insn, site) else {
+    let Some(plan) = b.plans.get_mut(site.k).and_then(Option::take) else {
         return Ok(Done::Unsupported);
     };
     let mut out = plan.insn;

@@ -1,7 +1,7 @@
 //! PUSH, POP and LEAVE of the code's own size.
 
 use anykvm_cpu::Insn;
-use iced_x86::{Code, IcedError, Instruction, Register};
+use iced_x86::{Code, IcedError, Register};
 
 use crate::asm::{at, slot};
 use crate::legacy::Word;
@@ -38,7 +38,7 @@ pub(crate) fn push(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
                 Word::Quad => C::Mov_rm64_imm32,
                 Word::Double => C::Mov_rm32_imm32,
             };
-            b.a.put(&Instruction::with2(code, to, v)?)?;
+            b.a.emit(code, to, v)?;
         }
         None => b.word.store(&mut b.a, to, from)?,
     }

@@ -108,7 +108,7 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
         end.push(b.a.jcc(EQUAL));
         b.a.load(POINTER, slot(Slot::Go))?;
         let wanted = at(POINTER, 0);
-        b.a.put(&Instruction::with2(Code::Cmp_rm32_imm8, wanted, 0)?)?;
+        b.a.emit(Code::Cmp_rm32_imm8, wanted, 0)?;
         let again = b.a.jne();
         b.a.fill(again, top);
         leave.push(b.a.jmp());
@@ -120,9 +120,9 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
     b.resume_fault(access, fault);
     end_piece(b, op, insn.rep())?;
     leave.push(b.a.jmp());
-    let exit = b.leave_from(leave, site);
+    let exit = b.leave_from(&leave, site);
     for (misses, usage) in missed {
-        b.refill_or(misses, usage, b.cold.len() - 1);
+        b.refill_or(misses, usage, exit);
     }
     for hole in end {
         b.a.land(hole);
@@ -146,18 +146,14 @@ fn part(word: Word, r: Register) -> Register {
 }
 
 fn put2(b: &mut Block, code: Code, to: Register, from: Register) -> Result<(), IcedError> {
-    b.a.put(&Instruction::with2(code, to, from)?)
+    b.a.emit(code, to, from)
 }
 
 /// A branch that is taken if DF is set.
 fn unless_forward(b: &mut Block) -> Result<Hole, IcedError> {
     b.a.load(SCRATCH, slot(Slot::State))?;
     let flags = at(SCRATCH, offset_of!(CpuState, rflags) as i64);
-    b.a.put(&Instruction::with2(
-        Code::Test_rm32_imm32,
-        flags,
-        rflags::DF as u32,
-    )?)?;
+    b.a.emit(Code::Test_rm32_imm32, flags, rflags::DF as u32)?;
     Ok(b.a.jne())
 }
 
@@ -187,17 +183,17 @@ fn check(
 fn load_piece(b: &mut Block, op: Operation) -> Result<(), IcedError> {
     let (ecx, r15d) = (low_half(POINTER), low_half(SCRATCH));
     put2(b, Code::Mov_r32_rm32, ecx, Register::EDI)?;
-    b.a.put(&Instruction::with2(Code::And_rm32_imm32, ecx, 0xfffu32)?)?;
+    b.a.emit(Code::And_rm32_imm32, ecx, 0xfffu32)?;
     if op.moves {
         put2(b, Code::Mov_r32_rm32, r15d, Register::ESI)?;
-        b.a.put(&Instruction::with2(Code::And_rm32_imm32, r15d, 0xfffu32)?)?;
+        b.a.emit(Code::And_rm32_imm32, r15d, 0xfffu32)?;
         put2(b, Code::Cmp_r32_rm32, ecx, r15d)?;
         put2(b, Code::Cmovb_r32_rm32, ecx, r15d)?;
     }
     b.a.put(&Instruction::with1(Code::Neg_rm32, ecx)?)?;
-    b.a.put(&Instruction::with2(Code::Add_rm32_imm32, ecx, 4096u32)?)?;
+    b.a.emit(Code::Add_rm32_imm32, ecx, 4096u32)?;
     if op.shift != 0 {
-        b.a.put(&Instruction::with2(Code::Shr_rm32_imm8, ecx, op.shift)?)?;
+        b.a.emit(Code::Shr_rm32_imm8, ecx, op.shift)?;
     }
     b.word.mov(&mut b.a, SCRATCH, GUEST_RCX)?;
     put2(b, Code::Cmp_r64_rm64, SCRATCH, POINTER)?;
@@ -238,7 +234,7 @@ fn move_index(b: &mut Block, code: Code, r: Register, addend: Slot) -> Result<()
     if narrow && code == Code::Add_r64_rm64 {
         b.word.mov(&mut b.a, r, r)?;
     }
-    b.a.put(&Instruction::with2(code, r, slot(addend))?)?;
+    b.a.emit(code, r, slot(addend))?;
     if narrow && code == Code::Sub_r64_rm64 {
         b.word.mov(&mut b.a, r, r)?;
     }

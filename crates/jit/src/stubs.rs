@@ -5,10 +5,11 @@ use iced_x86::{Code, IcedError, Instruction, Register};
 use anykvm_cpu::state::CpuState;
 
 use crate::asm::{Asm, at, slot};
-use crate::flags::load_flags;
+use crate::flags::{load_flags, restore};
+use crate::memory::Use;
 use crate::regs::{Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
-use crate::vectors;
+use crate::vectors::{self, Level};
 use crate::{refill, window, x87};
 
 /// Host registers the C ABI wants back.
@@ -21,19 +22,68 @@ const SAVED: [Register; 6] = [
     Register::R15,
 ];
 
-/// The stubs' code, and where the way out begins.
+/// A piece of code that translations jump to or call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stub {
+    /// The way out: RCX holds the number of the exit, and all else is the guest's.
+    Leave,
+    /// Puts the flags kept in [`Slot::KeptFlags`] into the host's.
+    RestoreFlags,
+    /// Loads the vector registers up to a level.
+    Load(Level),
+    /// Loads the x87 state.
+    LoadX87,
+    /// Fills a window, for reads or writes.
+    Probe(Use),
+    /// Fills an entry of level 1.
+    Refill(Use),
+}
+
+/// Where the stubs are.
+#[derive(Clone, Copy, Debug)]
 pub struct Stubs {
-    /// Functions that load the vector registers up to a level, indexed by it; the first does nothing. The
-    /// last one loads the x87 state ([`x87::LOADER`]).
-    pub loaders: [usize; 5],
-    /// The code.
-    pub bytes: Vec<u8>,
-    /// Position of `extern "sysv64" fn(entry, *mut Shared)`.
-    pub enter: usize,
-    /// Functions that translated code calls, in the order of [`crate::access::Helper`].
-    pub helpers: [usize; 4],
-    /// Position of the way out.
-    pub leave: usize,
+    /// `extern "sysv64" fn(entry, *mut Shared)`.
+    pub enter: u64,
+    leave: u64,
+    restore_flags: u64,
+    /// By level; the first does nothing.
+    loads: [u64; 4],
+    load_x87: u64,
+    /// For reads and writes.
+    probes: [u64; 2],
+    refills: [u64; 2],
+}
+
+impl Stubs {
+    /// The same, all of it `by` bytes higher.
+    pub fn moved(&self, by: u64) -> Self {
+        let moved = |at| at + by;
+        Self {
+            enter: moved(self.enter),
+            leave: moved(self.leave),
+            restore_flags: moved(self.restore_flags),
+            loads: self.loads.map(moved),
+            load_x87: moved(self.load_x87),
+            probes: self.probes.map(moved),
+            refills: self.refills.map(moved),
+        }
+    }
+
+    /// Where a stub is.
+    pub fn address(&self, stub: Stub) -> u64 {
+        let of_use = |[read, write]: [u64; 2], usage| match usage {
+            Use::Read => read,
+            Use::Write | Use::Atomic => write,
+        };
+        match stub {
+            Stub::Leave => self.leave,
+            Stub::RestoreFlags => self.restore_flags,
+            Stub::Load(level) => self.loads[level as usize],
+            Stub::LoadX87 => self.load_x87,
+            Stub::Probe(usage) => of_use(self.probes, usage),
+            Stub::Refill(usage) => of_use(self.refills, usage),
+        }
+    }
 }
 
 fn register(n: usize) -> iced_x86::MemoryOperand {
@@ -41,8 +91,8 @@ fn register(n: usize) -> iced_x86::MemoryOperand {
     at(SCRATCH, (regs + n * 8) as i64)
 }
 
-/// Generates the stubs.
-pub fn stubs() -> Result<Stubs, IcedError> {
+/// Generates the stubs; their addresses are relative to the code.
+pub fn stubs() -> Result<(Vec<u8>, Stubs), IcedError> {
     let mut a = Asm::new();
     let nothing = a.here();
     a.put(&Instruction::with(Code::Retnq))?;
@@ -50,6 +100,9 @@ pub fn stubs() -> Result<Stubs, IcedError> {
     let x87 = x87::loader(&mut a)?;
     let refills = refill::refills(&mut a)?;
     let probes = window::probes(&mut a, refills)?;
+    let restore_flags = a.here();
+    restore(&mut a)?;
+    a.put(&Instruction::with(Code::Retnq))?;
     let enter = a.here();
     for r in SAVED {
         a.put(&Instruction::with1(Code::Push_r64, r)?)?;
@@ -74,6 +127,7 @@ pub fn stubs() -> Result<Stubs, IcedError> {
     a.put(&Instruction::with1(Code::Jmp_rm64, slot(Slot::Entry))?)?;
 
     let leave = a.here();
+    a.store(slot(Slot::Exit), POINTER)?;
     a.store(slot(Slot::Rax), Register::RAX)?;
     a.put(&Instruction::with(Code::Lahf))?;
     a.put(&Instruction::with1(Code::Seto_rm8, Register::AL)?)?;
@@ -97,11 +151,15 @@ pub fn stubs() -> Result<Stubs, IcedError> {
         a.put(&Instruction::with1(Code::Pop_r64, *r)?)?;
     }
     a.put(&Instruction::with(Code::Retnq))?;
-    Ok(Stubs {
-        helpers: [probes[0], probes[1], refills[0], refills[1]],
-        loaders: [nothing, sse, avx, avx512, x87],
-        bytes: a.into_bytes(),
-        enter,
-        leave,
-    })
+    let position = |at: usize| at as u64;
+    let stubs = Stubs {
+        enter: position(enter),
+        leave: position(leave),
+        restore_flags: position(restore_flags),
+        loads: [nothing, sse, avx, avx512].map(position),
+        load_x87: position(x87),
+        probes: probes.map(position),
+        refills: refills.map(position),
+    };
+    Ok((a.into_bytes(), stubs))
 }

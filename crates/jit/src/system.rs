@@ -40,11 +40,11 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
 fn cli(b: &mut Block) -> Result<Done, IcedError> {
     b.flags.release(&mut b.a)?;
     b.a.load(SCRATCH, slot(Slot::State))?;
-    b.a.put(&Instruction::with2(
+    b.a.emit(
         Code::And_rm32_imm32,
         field(offset_of!(CpuState, rflags)),
         !(rflags::IF as u32),
-    )?)?;
+    )?;
     Ok(Done::Next)
 }
 
@@ -55,19 +55,11 @@ fn pushf(b: &mut Block, site: Site) -> Result<Done, IcedError> {
     b.a.put(&Instruction::with(Code::Pushfq))?;
     b.a.put(&Instruction::with1(Code::Pop_r64, POINTER)?)?;
     b.flags.release(&mut b.a)?;
-    b.a.put(&Instruction::with2(
-        Code::And_rm32_imm32,
-        Register::ECX,
-        rflags::STATUS as u32,
-    )?)?;
+    b.a.emit(Code::And_rm32_imm32, Register::ECX, rflags::STATUS as u32)?;
     b.a.load(SCRATCH, slot(Slot::State))?;
     b.a.load(SCRATCH, field(offset_of!(CpuState, rflags)))?;
-    b.a.put(&Instruction::with2(
-        Code::And_rm64_imm32,
-        SCRATCH,
-        REST as i64 as i32,
-    )?)?;
-    b.a.put(&Instruction::with2(Code::Or_r64_rm64, SCRATCH, POINTER)?)?;
+    b.a.emit(Code::And_rm64_imm32, SCRATCH, REST as i64 as i32)?;
+    b.a.emit(Code::Or_r64_rm64, SCRATCH, POINTER)?;
     b.a.store(slot(Slot::Target), SCRATCH)?;
     let checked = b.check_stack(GUEST_RSP, -8, Use::Write, site)?;
     let to = b.operand(&checked, true)?;

@@ -9,8 +9,8 @@ use anykvm_cpu::Insn;
 use anykvm_cpu::block::Mix;
 
 use crate::branch::Crossing;
+use crate::exits::{Exit, Wish};
 use crate::flags::Recipe;
-use crate::translate::Wish;
 use crate::vectors::Level;
 
 /// A translation in the code cache.
@@ -36,6 +36,8 @@ pub struct Translated {
     pub wants_recipe: bool,
     /// Host address of the first byte.
     pub host: u64,
+    /// Where the code is: what positions in it are relative to.
+    pub base: u64,
     /// Exits linked to this translation.
     pub incoming: Vec<u32>,
 }
@@ -53,13 +55,24 @@ const EXTRA: u32 = APART | 7 << RECIPE;
 pub type Place = (u64, u32);
 
 #[derive(Debug)]
-struct Exit {
+struct Known {
     translation: u32,
-    /// With absolute addresses for positions.
-    wish: Wish,
-    /// The branch to another page that the exit belongs to, with absolute addresses, too.
+    exit: Exit,
+    /// The branch to another page that the exit belongs to.
     crossing: Option<Crossing>,
     linked: Option<u32>,
+}
+
+/// An exit of translated code that has been taken.
+pub struct Taken<'a> {
+    /// The translation's instructions.
+    pub insns: &'a [Insn],
+    /// The vector registers it needs.
+    pub level: Level,
+    /// Where its code is.
+    pub base: u64,
+    /// What the exit asks.
+    pub wish: Wish,
 }
 
 #[derive(Debug, Default)]
@@ -73,7 +86,7 @@ pub struct Table {
     by_place: HashMap<Place, u32, BuildHasherDefault<Mix>>,
     all: Vec<Option<Translated>>,
     modes: Vec<u32>,
-    exits: Vec<Exit>,
+    exits: Vec<Known>,
     pages: HashMap<u64, Page, BuildHasherDefault<Mix>>,
     /// Bytes behind the translations.
     behind: usize,
@@ -104,7 +117,7 @@ impl Table {
             + self.by_place.capacity() * size_of::<(Place, u32)>()
             + self.all.capacity() * size_of::<Option<Translated>>()
             + self.modes.capacity() * size_of::<u32>()
-            + self.exits.capacity() * size_of::<Exit>()
+            + self.exits.capacity() * size_of::<Known>()
             + self.pages.capacity() * size_of::<(u64, Page)>()
     }
     /// The translation for a place; its page has been checked.
@@ -119,43 +132,15 @@ impl Table {
     pub fn get(&self, n: u32) -> Option<&Translated> {
         self.all.get(n as usize)?.as_ref()
     }
-    /// Adds a translation whose code is at `base`.
-    pub fn insert(&mut self, place: Place, t: Translated, wishes: &[Wish], base: u64) -> u32 {
+    /// Adds a translation.
+    pub fn insert(&mut self, place: Place, t: Translated, exits: &[Exit]) -> u32 {
         let n = self.all.len() as u32;
-        for wish in wishes {
-            let absolute = |at: usize| at + base as usize;
-            let wish = match *wish {
-                Wish::Interpret {
-                    insn,
-                    resume,
-                    guarded,
-                } => Wish::Interpret {
-                    insn,
-                    resume: resume.map(absolute),
-                    guarded,
-                },
-                Wish::Link {
-                    hole,
-                    unlinked,
-                    offset,
-                    apart,
-                    recipe,
-                } => Wish::Link {
-                    hole: absolute(hole),
-                    unlinked: absolute(unlinked),
-                    offset,
-                    apart,
-                    recipe,
-                },
-                other => other,
-            };
-            self.exits.push(Exit {
-                translation: n,
-                wish,
-                crossing: None,
-                linked: None,
-            });
-        }
+        self.exits.extend(exits.iter().map(|exit| Known {
+            translation: n,
+            exit: *exit,
+            crossing: None,
+            linked: None,
+        }));
         let page = self.pages.entry(t.host & !0xfff).or_default();
         page.translations.push(n);
         self.behind += behind(&t);
@@ -164,24 +149,38 @@ impl Table {
         self.by_place.insert(place, n);
         n
     }
-    /// The instructions of the translation an exit belongs to, the vector registers it needs, and what the exit asks.
-    pub fn exit(&self, number: u32) -> Option<(&[Insn], Level, Wish)> {
-        let e = self.exits.get(number as usize)?;
+    /// RIP's offset from the page where an exit was taken.
+    pub fn offset(&self, exit: u32) -> Option<i64> {
+        let e = self.exits.get(exit as usize)?;
+        Some(e.exit.offset.into())
+    }
+    /// An exit and the translation it belongs to.
+    pub fn taken(&self, exit: u32) -> Option<Taken<'_>> {
+        let e = self.exits.get(exit as usize)?;
         let t = self.get(e.translation)?;
-        Some((&t.insns, t.level, e.wish))
+        Some(Taken {
+            insns: &t.insns,
+            level: t.level,
+            base: t.base,
+            wish: e.exit.wish,
+        })
     }
     /// The recipe for the flags behind an exit, and the place of the translation that is to be entered with
     /// it instead of `to`, to which the exit leads. `None` if that one is good.
     pub fn better_place(&mut self, exit: u32, to: u32) -> Option<(Place, Recipe)> {
         let e = self.exits.get(exit as usize)?;
-        let Wish::Link { recipe, apart, .. } = e.wish else {
+        let Wish::Link { recipe, apart, .. } = e.exit.wish else {
             return None;
         };
         let target = self.get(to)?;
         if apart.is_some() || !target.wants_recipe {
             return None;
         }
-        let recipe = self.get(e.translation)?.recipes.get(recipe?)?.clone();
+        let recipe = self
+            .get(e.translation)?
+            .recipes
+            .get(usize::from(recipe?))?
+            .clone();
         let place = (target.host, self.modes[to as usize] & !EXTRA);
         let known = self.recipes.entry(place).or_default();
         let n = match known.iter().position(|r| *r == recipe) {
@@ -200,21 +199,21 @@ impl Table {
             return false;
         };
         let from = self.get(e.translation).map(|t| t.host & !0xfff);
-        matches!(e.wish, Wish::Link { offset, apart: Some(_), .. }
-            if from.is_some_and(|page| page | offset == host))
+        matches!(e.exit.wish, Wish::Link { apart: Some(_), .. }
+            if from.is_some_and(|page| page | e.exit.offset as u64 == host))
     }
     /// Whether an exit is a branch, not linked yet, to where a translation was made for.
     pub fn leads_to(&self, exit: u32, to: u32) -> bool {
         let find = || {
             let e = self.exits.get(exit as usize)?;
-            let Wish::Link { offset, apart, .. } = e.wish else {
+            let Wish::Link { apart, .. } = e.exit.wish else {
                 return None;
             };
             let (from, target) = (self.get(e.translation)?, self.get(to)?);
             let (mode, other) = (self.modes[e.translation as usize], self.modes[to as usize]);
             let same_mode = mode & !EXTRA == other & !EXTRA;
             let same_manner = apart.is_some() == (other & APART != 0);
-            let same_place = from.host & !0xfff | offset == target.host;
+            let same_place = from.host & !0xfff | e.exit.offset as u64 == target.host;
             Some(e.linked.is_none() && same_mode && same_manner && same_place)
         };
         find().unwrap_or(false)
@@ -226,11 +225,11 @@ impl Table {
             return None;
         }
         let e = self.exits.get(exit as usize)?;
-        let Wish::Link { hole, .. } = e.wish else {
+        let Wish::Link { hole, .. } = e.exit.wish else {
             return None;
         };
         let from = self.get(e.translation)?;
-        let (from, level, x87) = (from.host, from.level, from.x87);
+        let (from, level, x87, base) = (from.host, from.level, from.x87, from.base);
         let target = self.all.get_mut(to as usize)?.as_mut()?;
         // Each loop of linked branches has one that does not lead forward.
         let loaded = level >= target.level && x87 >= target.x87;
@@ -241,18 +240,14 @@ impl Table {
         };
         target.incoming.push(exit);
         self.exits[exit as usize].linked = Some(to);
-        Some((hole as u64, entry))
+        Some((base + u64::from(hole), entry))
     }
     /// Adds the branches to other pages of the translation that was added last, whose first exit has this
     /// number.
-    pub fn insert_crossings(&mut self, first: u32, crossings: &[(usize, Crossing)], base: u64) {
+    pub fn insert_crossings(&mut self, first: u32, crossings: &[(usize, Crossing)]) {
         for (exit, c) in crossings {
             if let Some(e) = self.exits.get_mut(first as usize + exit) {
-                e.crossing = Some(Crossing {
-                    guard: c.guard + base as usize,
-                    hole: c.hole + base as usize,
-                    offset: c.offset,
-                });
+                e.crossing = Some(*c);
             }
         }
     }
@@ -266,13 +261,14 @@ impl Table {
         Some(self.get(e.translation)?.host)
     }
     /// Links a branch to another page, which was taken with its own page at `page`, to the translation
-    /// that runs at `rip`. `None` if that is not where it goes.
-    pub fn cross(&mut self, exit: u32, to: u32, page: u64, rip: u64) -> Option<(Crossing, u64)> {
+    /// that runs at `rip`; returns where the view's number is, and which displacement must lead where. `None`
+    /// if that is not where it goes.
+    pub fn cross(&mut self, exit: u32, to: u32, page: u64, rip: u64) -> Option<(u64, u64, u64)> {
         let e = self.exits.get(exit as usize)?;
         let crossing = e.crossing?;
         let same_mode = self.modes[e.translation as usize] & !EXTRA == self.modes[to as usize];
         let there = page.wrapping_add(crossing.offset as u64) == rip;
-        self.get(e.translation)?;
+        let base = self.get(e.translation)?.base;
         if !same_mode || !there {
             return None;
         }
@@ -284,7 +280,9 @@ impl Table {
         }
         let target = self.all.get_mut(to as usize)?.as_mut()?;
         target.incoming.push(exit);
-        Some((crossing, target.checked))
+        let position = |at| base + u64::from(at);
+        let (guard, hole) = (position(crossing.guard), position(crossing.hole));
+        Some((guard, hole, target.checked))
     }
     /// Unlinks all branches from a page to others; returns where their views' numbers are.
     pub fn uncross(&mut self, host: u64) -> Vec<u64> {
@@ -297,7 +295,10 @@ impl Table {
                 && page.translations.contains(&e.translation)
                 && let Some(to) = e.linked.take()
             {
-                guards.push(c.guard as u64);
+                let origin = self.all.get(e.translation as usize);
+                if let Some(Some(origin)) = origin {
+                    guards.push(origin.base + u64::from(c.guard));
+                }
                 if let Some(Some(t)) = self.all.get_mut(to as usize) {
                     t.incoming.retain(|e| *e != n as u32);
                 }
@@ -343,10 +344,20 @@ impl Table {
             if e.linked.take_if(|to| *to == n).is_none() {
                 continue;
             }
-            if let Some(c) = e.crossing {
-                guards.push(c.guard as u64);
-            } else if let Wish::Link { hole, unlinked, .. } = e.wish {
-                holes.push((hole as u64, unlinked as u64));
+            let (exit, crossing) = (e.exit, e.crossing);
+            // Nothing leads to the code of a translation that was removed.
+            let Some(origin) = self
+                .all
+                .get(e.translation as usize)
+                .and_then(Option::as_ref)
+            else {
+                continue;
+            };
+            let position = |at| origin.base + u64::from(at);
+            if let Some(c) = crossing {
+                guards.push(position(c.guard));
+            } else if let Wish::Link { hole, unlinked, .. } = exit.wish {
+                holes.push((position(hole), position(unlinked)));
             }
         }
         (holes, guards)

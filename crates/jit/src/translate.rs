@@ -6,57 +6,25 @@
 //! interpreter carries it out, and the block is entered again behind it.
 
 use anykvm_cpu::Insn;
-use iced_x86::{FlowControl, IcedError, Instruction, Register};
+use iced_x86::{FlowControl, IcedError, InstructionInfoFactory, Register};
 
-use crate::access::{Helper, Probe, Refill};
+use crate::access::{Probe, Refill};
 use crate::asm::{Asm, Hole, at, slot};
 use crate::branch::{self, Crossing};
+use crate::exits::{Exit, Exits, Wish};
 use crate::extent;
 use crate::flags::{Flags, Recipe};
 use crate::legacy::Word;
+use crate::plan::Plan;
 use crate::regs::{POINTER, SCRATCH};
 use crate::shared::Slot;
 use crate::sharing::Sharing;
 use crate::simple;
+use crate::stubs::{Stub, Stubs};
 use crate::system;
 use crate::vectors::Level;
 use crate::window;
 use crate::x87;
-
-/// What an exit asks of the translator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wish {
-    /// Interpret instruction `insn` of the block; if nothing else happens, go on at `resume`, a
-    /// position in the block's code.
-    Interpret {
-        /// Its index.
-        insn: usize,
-        /// Where the next instruction's code begins.
-        resume: Option<usize>,
-        /// The code there relies on checks made before: it must not be entered if the TLB may have
-        /// dropped something.
-        guarded: bool,
-    },
-    /// Go on at RIP, which is `offset` bytes into the page; then let the branch displacement at
-    /// `hole` lead there directly.
-    Link {
-        /// Position of the displacement.
-        hole: usize,
-        /// Position the branch has now: the exit's own code.
-        unlinked: usize,
-        /// Offset in the page.
-        offset: u64,
-        /// Go on in a translation that shares no checks; so many instructions less have been executed
-        /// than counted.
-        apart: Option<usize>,
-        /// How the flags can be made there: index in [`Translation::recipes`].
-        recipe: Option<usize>,
-    },
-    /// Look at requests; RIP is the block's first instruction.
-    Request,
-    /// Interpret the block at RIP: its vector instructions need more than translated code can do.
-    Block,
-}
 
 /// A translation, not yet in the code cache.
 pub struct Translation {
@@ -71,17 +39,13 @@ pub struct Translation {
     /// The same again for branches that cannot close a loop: nothing is looked at.
     pub plain: usize,
     /// The exits, in the order of their numbers.
-    pub exits: Vec<Wish>,
+    pub exits: Vec<Exit>,
     /// Branches to other pages, with the numbers of their exits.
     pub crossings: Vec<(usize, Crossing)>,
-    /// Jumps to the common way out.
-    pub leaves: Vec<Hole>,
     /// The vector registers it needs; the entry points see to it themselves.
     pub level: Level,
-    /// Calls of the functions that load registers, and which.
-    pub loads: Vec<(Hole, usize)>,
-    /// Calls of helpers.
-    pub(crate) calls: Vec<(Hole, Helper)>,
+    /// Calls and jumps to stubs.
+    pub(crate) outward: Vec<(Hole, Stub)>,
     /// The windows that the next translation takes, if this one has taken any.
     pub windows: Option<window::Next>,
     /// How flags can be made behind links.
@@ -93,52 +57,29 @@ pub struct Translation {
 }
 
 impl Translation {
-    /// Leads the jumps to the common way out and the calls to the loaders of vector registers; the code
-    /// is about to stand at `base`.
-    pub fn connect(&mut self, base: u64, way_out: u64, loaders: &[u64; 5], helpers: &[u64; 4]) {
-        let leaves = self.leaves.iter().map(|hole| (*hole, way_out));
-        let loads = self.loads.iter().map(|(hole, n)| (*hole, loaders[*n]));
-        let calls = self
-            .calls
-            .iter()
-            .map(|(hole, helper)| (*hole, helpers[helper.number()]));
-        for (hole, to) in leaves.chain(loads).chain(calls) {
-            let distance = to.wrapping_sub(base + hole.0 as u64 + 4) as i32;
+    /// Leads the branches to the stubs; the code is about to stand at `base`.
+    pub fn connect(&mut self, base: u64, stubs: &Stubs) {
+        for (hole, stub) in &self.outward {
+            let from = base + hole.0 as u64 + 4;
+            let distance = stubs.address(*stub).wrapping_sub(from) as i32;
             self.bytes[hole.0..hole.0 + 4].copy_from_slice(&distance.to_le_bytes());
         }
     }
-}
-
-/// Something to emit behind the block.
-pub(crate) struct Cold {
-    /// The branches that lead here.
-    pub holes: Vec<Hole>,
-    /// Flags there.
-    pub flags: Flags,
-    /// Offset of RIP in (or from) the page.
-    pub offset: i64,
-    /// Index in the list of exits.
-    pub exit: usize,
-    /// A register to be put aside for the flags' recipe where the block is resumed.
-    pub aside: Option<Register>,
 }
 
 /// A translation in progress.
 pub(crate) struct Block {
     pub a: Asm,
     pub flags: Flags,
-    pub cold: Vec<Cold>,
     pub late: Vec<branch::Late>,
     /// Branches to other pages, and their exits.
     pub crossings: Vec<(usize, Crossing)>,
-    pub exits: Vec<Wish>,
-    leaves: Vec<Hole>,
+    pub exits: Exits,
     /// Positions of accesses, and the exits that undo them.
     accesses: Vec<(usize, usize)>,
     /// Positions of accesses, and where to go on if they fault.
     resumptions: Vec<(usize, usize)>,
-    pub loads: Vec<(Hole, usize)>,
-    first_exit: u32,
+    pub first_exit: u32,
     /// Offset of the block's first byte in its page.
     pub start: i64,
     /// The size of addresses, of the stack's entries and of the instruction pointer.
@@ -146,7 +87,9 @@ pub(crate) struct Block {
     /// CPL 0.
     pub supervisor: bool,
     /// It needs the x87 state loaded. Then it is never resumed, because only entry points load that.
-    x87: bool,
+    pub x87: bool,
+    /// How its instructions are renamed, those that have a plan.
+    pub plans: Vec<Option<Plan>>,
     /// Which accesses share a check.
     pub sharing: Sharing,
     /// Groups that have been checked, and where their addends are.
@@ -155,7 +98,8 @@ pub(crate) struct Block {
     pub windows: Option<window::Taken>,
     pub probes: Vec<Probe>,
     pub refills: Vec<Refill>,
-    pub calls: Vec<(Hole, Helper)>,
+    /// Calls and jumps to stubs.
+    pub outward: Vec<(Hole, Stub)>,
     pub recipes: Vec<Recipe>,
     /// The exit taken last for nothing but faults of the host: there is nothing to resume.
     pub fault_exit: Option<usize>,
@@ -214,18 +158,17 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         executions,
         ..
     } = manner;
+    let mut factory = InstructionInfoFactory::new();
+    let plans = simple::plans(insns, start as i64, &mut factory);
     let windows = !manner.apart && is_loop(insns, start as i64);
     let mut b = Block {
         a: Asm::new(),
         flags: Flags::Host(manner.recipe),
-        cold: Vec::new(),
         late: Vec::new(),
         crossings: Vec::new(),
-        exits: Vec::new(),
-        leaves: Vec::new(),
+        exits: Exits::default(),
         accesses: Vec::new(),
         resumptions: Vec::new(),
-        loads: Vec::new(),
         first_exit,
         start: start as i64,
         word: insns.first().map_or(Word::Quad, Word::of),
@@ -236,13 +179,14 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         sharing: if manner.apart {
             Sharing::none()
         } else {
-            Sharing::of(insns, start as i64)
+            Sharing::of(insns, &plans, start as i64, &mut factory)
         },
+        plans,
         addends: Vec::new(),
         windows: windows.then(|| window::Taken::new(manner.windows, manner.user)),
         probes: Vec::new(),
         refills: Vec::new(),
-        calls: Vec::new(),
+        outward: Vec::new(),
         recipes: Vec::new(),
         fault_exit: None,
         counted: 0,
@@ -266,24 +210,14 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
     }
     let warm = b.a.here();
     b.a.load(POINTER, slot(Slot::Go))?;
-    b.a.put(&Instruction::with2(
-        iced_x86::Code::Mov_r32_rm32,
-        Register::ECX,
-        at(POINTER, 0),
-    )?)?;
+    b.a.emit(iced_x86::Code::Mov_r32_rm32, Register::ECX, at(POINTER, 0))?;
     b.a.jrcxz_back(island.0 - 1);
     let entries = [checked, warm, b.a.here()];
     if let Some(counter) = executions {
         b.count_execution(counter)?;
     }
-    let exit = b.new_exit(Wish::Request);
-    b.cold.push(Cold {
-        holes: vec![island],
-        flags: Flags::Host(None),
-        offset: b.start,
-        exit,
-        aside: None,
-    });
+    let exit = b.exits.add(Wish::Request, b.start, Flags::Host(None));
+    b.exits.lead(island, exit);
 
     let mut at = b.start;
     let mut ended = false;
@@ -361,16 +295,10 @@ impl Block {
         self.a.load(POINTER, slot(level.allowed()))?;
         self.a.jrcxz_back(start);
         let call = self.a.call();
-        self.loads.push((call, level as usize));
+        self.outward.push((call, Stub::Load(level)));
         let back = self.a.jmp();
-        let exit = self.new_exit(Wish::Block);
-        self.cold.push(Cold {
-            holes: vec![refuse],
-            flags: Flags::Host(None),
-            offset: self.start,
-            exit,
-            aside: None,
-        });
+        let exit = (self.exits).add(Wish::Block, self.start, Flags::Host(None));
+        self.exits.lead(refuse, exit);
         Ok(Loader {
             start: start_of_test,
             back: Some(back),
@@ -380,7 +308,7 @@ impl Block {
     /// Adds one to a counter, leaving the flags alone.
     fn count_execution(&mut self, counter: u64) -> Result<(), IcedError> {
         let mov = iced_x86::Code::Mov_r64_imm64;
-        self.a.put(&Instruction::with2(mov, SCRATCH, counter)?)?;
+        self.a.emit(mov, SCRATCH, counter as i64)?;
         self.a.load(POINTER, at(SCRATCH, 0))?;
         self.a.lea(POINTER, at(POINTER, 1))?;
         self.a.store(at(SCRATCH, 0), POINTER)
@@ -395,40 +323,9 @@ impl Block {
         Ok(run)
     }
 
-    pub fn new_exit(&mut self, wish: Wish) -> usize {
-        self.exits.push(wish);
-        self.exits.len() - 1
-    }
-
-    /// These branches, taken with the flags as they are now, leave the instruction to the
-    /// interpreter. The place to resume is filled in by [`Block::resume_here`].
-    pub fn leave_from(&mut self, holes: Vec<Hole>, site: Site) -> usize {
-        let exit = self.new_exit(Wish::Interpret {
-            insn: site.k,
-            resume: None,
-            guarded: self.sharing.spans(site.k),
-        });
-        self.cold.push(Cold {
-            holes,
-            flags: self.flags.clone(),
-            offset: site.at,
-            exit,
-            aside: None,
-        });
-        exit
-    }
-
     /// The instruction at a position accesses guest RAM. If it faults, this exit is taken.
     pub fn access_at(&mut self, position: usize, exit: usize) {
         self.accesses.push((position, exit));
-    }
-
-    /// A branch, taken with the flags as they were there, leads to an exit.
-    pub fn lead_to(&mut self, hole: Hole, exit: usize) {
-        let cold = self.cold.iter_mut().rev().find(|c| c.exit == exit);
-        if let Some(cold) = cold {
-            cold.holes.push(hole);
-        }
     }
 
     /// The instruction at a position accesses guest RAM. If it faults, go on at another position, from where
@@ -446,26 +343,10 @@ impl Block {
         eager: bool,
     ) -> Result<(), IcedError> {
         let aside = self.flags.before_write(&mut self.a, written, eager)?;
-        let front = self.cold.iter_mut().rev().find(|c| Some(c.exit) == exit);
-        if let Some(cold) = front {
-            cold.aside = aside;
+        if let Some(exit) = exit {
+            self.exits.put_aside(exit, aside);
         }
         Ok(())
-    }
-
-    /// After the interpreter has carried out the instruction of this exit, go on here.
-    pub fn resume_here(&mut self, exit: usize) {
-        if self.x87 {
-            return;
-        }
-        if self.fault_exit == Some(exit) {
-            return;
-        }
-        self.a.pointer = None;
-        let here = self.a.here();
-        if let Some(Wish::Interpret { resume, .. }) = self.exits.get_mut(exit) {
-            *resume = Some(here);
-        }
     }
 
     /// The interpreter carries out the instruction.
@@ -473,54 +354,9 @@ impl Block {
         self.flags.restore(&mut self.a)?;
         self.flags = Flags::Host(None);
         let hole = self.a.jmp();
-        let exit = self.leave_from(vec![hole], site);
+        let exit = self.leave_from(&[hole], site);
         if go_on {
             self.resume_here(exit);
-        }
-        Ok(())
-    }
-
-    /// Goes on at an offset in the same page. The flags are in the host's.
-    pub fn link_to(&mut self, offset: i64) -> Result<(), IcedError> {
-        let hole = self.a.jmp();
-        self.link(hole, offset);
-        Ok(())
-    }
-
-    /// The branch at `hole` goes to an offset in the same page.
-    pub fn link(&mut self, hole: Hole, offset: i64) {
-        let recipe = self.flags.recipe().map(|recipe| {
-            self.recipes.push(recipe.clone());
-            self.recipes.len() - 1
-        });
-        let exit = self.new_exit(Wish::Link {
-            hole: hole.0,
-            unlinked: 0,
-            offset: offset as u64,
-            apart: None,
-            recipe,
-        });
-        self.cold.push(Cold {
-            holes: vec![hole],
-            flags: Flags::Host(None),
-            offset,
-            exit,
-            aside: None,
-        });
-    }
-
-    /// A branch to the translation that shares nothing; it leads behind itself at first.
-    fn go_apart(&mut self, exit: usize, undone: usize) -> Result<(), IcedError> {
-        if undone > 0 {
-            self.a.load(POINTER, slot(Slot::Instructions))?;
-            self.a.lea(POINTER, at(POINTER, -(undone as i64)))?;
-            self.a.store(slot(Slot::Instructions), POINTER)?;
-        }
-        let jump = self.a.jmp();
-        self.a.land(jump);
-        let here = self.a.here();
-        if let Some(Wish::Link { hole, unlinked, .. }) = self.exits.get_mut(exit) {
-            (*hole, *unlinked) = (jump.0, here);
         }
         Ok(())
     }
@@ -532,37 +368,9 @@ impl Block {
         wants_recipe: bool,
     ) -> Result<Translation, IcedError> {
         self.emit_probes()?;
-        let mut starts = vec![0; self.exits.len()];
-        for cold in std::mem::take(&mut self.cold) {
-            let here = self.a.here();
-            starts[cold.exit] = here;
-            for hole in cold.holes {
-                self.a.fill(hole, here);
-            }
-            cold.flags.emit_restore(&mut self.a)?;
-            let wish = self.exits.get(cold.exit).copied();
-            if let Some(Wish::Link {
-                apart: Some(undone),
-                ..
-            }) = wish
-            {
-                self.go_apart(cold.exit, undone)?;
-            } else if let Some(Wish::Link { unlinked, .. }) = self.exits.get_mut(cold.exit) {
-                *unlinked = here;
-            }
-            if let Some(r) = cold.aside {
-                self.a.store(slot(Slot::Operand), r)?;
-            }
-            self.a.load(POINTER, slot(Slot::Page))?;
-            self.a.lea(POINTER, at(POINTER, cold.offset))?;
-            self.a.store(slot(Slot::Rip), POINTER)?;
-            let number = self.first_exit + cold.exit as u32;
-            self.a.store_u32(slot(Slot::Exit), number)?;
-            let leave = self.a.jmp();
-            self.leaves.push(leave);
-        }
-        let exits = |(at, exit): (usize, usize)| (at, starts[exit]);
-        let mut accesses: Vec<_> = self.accesses.into_iter().map(exits).collect();
+        let (exits, starts) = self.emit_exits()?;
+        let start = |(at, exit): (usize, usize)| (at, starts[exit]);
+        let mut accesses: Vec<_> = self.accesses.into_iter().map(start).collect();
         accesses.extend(self.resumptions);
         accesses.sort_unstable();
         Ok(Translation {
@@ -571,12 +379,10 @@ impl Block {
             warm: entries[1],
             x87: self.x87,
             plain: entries[2],
-            exits: self.exits,
+            exits,
             crossings: self.crossings,
-            leaves: self.leaves,
+            outward: self.outward,
             level,
-            loads: self.loads,
-            calls: self.calls,
             windows: self.windows.as_ref().map(window::Taken::next),
             recipes: self.recipes,
             wants_recipe,

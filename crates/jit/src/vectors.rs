@@ -193,11 +193,11 @@ fn load_sse(a: &mut Asm, avx: bool) -> Result<(), IcedError> {
         area(XsaveArea::MXCSR),
     )?)?;
     for n in 0..16 {
-        a.put(&Instruction::with2(
+        a.emit(
             Code::Movups_xmm_xmmm128,
             xmm(n),
             area(XsaveArea::XMM + n as usize * 16),
-        )?)?;
+        )?;
     }
     a.store_u32(slot(Slot::LiveSse), 1)
 }
@@ -236,42 +236,30 @@ fn load_avx(a: &mut Asm, avx512: bool) -> Result<(), IcedError> {
             area(XsaveArea::ZMM_HI + n as usize * 32),
             1,
         )?)?;
-        a.put(&Instruction::with2(
+        a.emit(
             Code::EVEX_Vmovdqu64_zmm_k1z_zmmm512,
             zmm(n + 16),
             area(XsaveArea::HI16_ZMM + n as usize * 64),
-        )?)?;
+        )?;
     }
     for n in 0..8 {
-        a.put(&Instruction::with2(
+        a.emit(
             Code::VEX_Kmovq_kr_km64,
             Register::K0 + n,
             area(XsaveArea::OPMASK + n as usize * 8),
-        )?)?;
+        )?;
     }
     a.store_u32(slot(Slot::LiveAvx512), 1)
 }
 
 /// A jump that is taken unless R15 is zero. Leaves the flags alone; RCX is put back.
 fn skip_unless_zero(a: &mut Asm) -> Result<Hole, IcedError> {
-    a.put(&Instruction::with2(
-        Code::Xchg_rm64_r64,
-        Register::RCX,
-        SCRATCH,
-    )?)?;
+    a.emit(Code::Xchg_rm64_r64, Register::RCX, SCRATCH)?;
     let zero = a.jrcxz();
-    a.put(&Instruction::with2(
-        Code::Xchg_rm64_r64,
-        Register::RCX,
-        SCRATCH,
-    )?)?;
+    a.emit(Code::Xchg_rm64_r64, Register::RCX, SCRATCH)?;
     let skip = a.jmp();
     a.land_short(zero);
-    a.put(&Instruction::with2(
-        Code::Xchg_rm64_r64,
-        Register::RCX,
-        SCRATCH,
-    )?)?;
+    a.emit(Code::Xchg_rm64_r64, Register::RCX, SCRATCH)?;
     Ok(skip)
 }
 
@@ -294,11 +282,11 @@ pub fn store(a: &mut Asm) -> Result<(), IcedError> {
         area(XsaveArea::MXCSR),
     )?)?;
     for n in 0..16 {
-        a.put(&Instruction::with2(
+        a.emit(
             Code::Movups_xmmm128_xmm,
             area(XsaveArea::XMM + n as usize * 16),
             xmm(n),
-        )?)?;
+        )?;
     }
     a.put(&Instruction::with1(
         Code::Ldmxcsr_m32,
@@ -330,18 +318,18 @@ pub fn store(a: &mut Asm) -> Result<(), IcedError> {
                     zmm(n),
                     1,
                 )?)?;
-                a.put(&Instruction::with2(
+                a.emit(
                     Code::EVEX_Vmovdqu64_zmmm512_k1z_zmm,
                     area(XsaveArea::HI16_ZMM + n as usize * 64),
                     zmm(n + 16),
-                )?)?;
+                )?;
             }
             for n in 0..8 {
-                a.put(&Instruction::with2(
+                a.emit(
                     Code::VEX_Kmovq_m64_kr,
                     area(XsaveArea::OPMASK + n as usize * 8),
                     Register::K0 + n,
-                )?)?;
+                )?;
             }
             a.store_u32(slot(Slot::LiveAvx512), 0)?;
             a.land(upper);

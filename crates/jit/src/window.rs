@@ -150,8 +150,8 @@ pub fn addend(number: u32) -> i64 {
 pub fn compare(a: &mut Asm, number: u32) -> Result<(), IcedError> {
     let start = shared(window(number, offset_of!(Window, start)));
     let limit = shared(window(number, offset_of!(Window, limit)));
-    a.put(&Instruction::with2(Code::Sub_r64_rm64, SCRATCH, start)?)?;
-    a.put(&Instruction::with2(Code::Cmp_r64_rm64, SCRATCH, limit)?)
+    a.emit(Code::Sub_r64_rm64, SCRATCH, start)?;
+    a.emit(Code::Cmp_r64_rm64, SCRATCH, limit)
 }
 
 /// What a probe is asked: bytes less one, size of the window's kind less one, window.
@@ -166,13 +166,9 @@ pub fn prepare_probe(
     bytes: &Bytes,
 ) -> Result<(), IcedError> {
     let start = shared(window(number, offset_of!(Window, start)));
-    a.put(&Instruction::with2(Code::Add_r64_rm64, SCRATCH, start)?)?;
+    a.emit(Code::Add_r64_rm64, SCRATCH, start)?;
     let what = number << (2 * FIELD) | (size as u32 - 1) << FIELD | (bytes.count as u32 - 1);
-    a.put(&Instruction::with2(
-        Code::Mov_r32_imm32,
-        Register::ECX,
-        what,
-    )?)
+    a.emit(Code::Mov_r32_imm32, Register::ECX, what)
 }
 
 fn filled(field: usize) -> MemoryOperand {

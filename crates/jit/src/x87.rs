@@ -18,12 +18,14 @@ use iced_x86::{
 };
 
 use crate::asm::{Asm, Hole, at, shared, slot};
+use crate::exits::Wish;
 use crate::flags::Flags;
 use crate::legacy::{Word, low_half};
 use crate::memory::Address;
 use crate::regs::{POINTER, SCRATCH};
 use crate::shared::{Shared, Slot};
-use crate::translate::{Block, Cold, Site, Wish};
+use crate::stubs::Stub;
+use crate::translate::{Block, Site};
 
 /// Offsets in the legacy region (SDM Vol. 1, table 10-2).
 const FCW: usize = 0;
@@ -32,9 +34,6 @@ const FOP: usize = 6;
 const FIP: usize = 8;
 const FDP: usize = 16;
 const MXCSR_MASK: usize = 28;
-
-/// The place of the function that loads the x87 state among the loaders.
-pub const LOADER: usize = 4;
 
 /// What translated code keeps of the x87 outside the host's registers.
 #[derive(Debug, Default)]
@@ -116,19 +115,15 @@ fn area(offset: usize) -> MemoryOperand {
 }
 
 fn store_u32(a: &mut Asm, to: MemoryOperand, from: Register) -> Result<(), IcedError> {
-    a.put(&Instruction::with2(Code::Mov_rm32_r32, to, low_half(from))?)
+    a.emit(Code::Mov_rm32_r32, to, low_half(from))
 }
 
 fn load_u32(a: &mut Asm, to: Register, from: MemoryOperand) -> Result<(), IcedError> {
-    a.put(&Instruction::with2(Code::Mov_r32_rm32, low_half(to), from)?)
+    a.emit(Code::Mov_r32_rm32, low_half(to), from)
 }
 
 fn load_u16(a: &mut Asm, to: Register, from: MemoryOperand) -> Result<(), IcedError> {
-    a.put(&Instruction::with2(
-        Code::Movzx_r32_rm16,
-        low_half(to),
-        from,
-    )?)
+    a.emit(Code::Movzx_r32_rm16, low_half(to), from)
 }
 
 /// Generates the function that loads the state; the XMM registers are in the host's. It changes nothing but
@@ -137,11 +132,11 @@ pub fn loader(a: &mut Asm) -> Result<usize, IcedError> {
     let start = a.here();
     a.load(SCRATCH, slot(Slot::State))?;
     for n in 0..16u32 {
-        a.put(&Instruction::with2(
+        a.emit(
             Code::Movups_xmmm128_xmm,
             area(XsaveArea::XMM + n as usize * 16),
             Register::XMM0 + n,
-        )?)?;
+        )?;
     }
     let mxcsr = area(XsaveArea::MXCSR);
     a.put(&Instruction::with1(Code::Stmxcsr_m32, mxcsr)?)?;
@@ -172,11 +167,7 @@ pub fn store(a: &mut Asm) -> Result<(), IcedError> {
     a.land(live);
     a.put(&Instruction::with1(Code::Fxsave64_m512byte, area(0))?)?;
     a.load(POINTER, shared(field!(fop)))?;
-    a.put(&Instruction::with2(
-        Code::Mov_rm16_r16,
-        area(FOP),
-        Register::CX,
-    )?)?;
+    a.emit(Code::Mov_rm16_r16, area(FOP), Register::CX)?;
     a.load(POINTER, shared(field!(fip)))?;
     a.store(area(FIP), POINTER)?;
     a.load(POINTER, shared(field!(fdp)))?;
@@ -205,16 +196,10 @@ impl Block {
         self.a.load(POINTER, shared(field!(allow)))?;
         self.a.jrcxz_back(refuse.0 - 1);
         let call = self.a.call();
-        self.loads.push((call, LOADER));
+        self.outward.push((call, Stub::LoadX87));
         let back = self.a.jmp();
-        let exit = self.new_exit(Wish::Block);
-        self.cold.push(Cold {
-            holes: vec![refuse],
-            flags: Flags::Host(None),
-            offset: self.start,
-            exit,
-            aside: None,
-        });
+        let exit = (self.exits).add(Wish::Block, self.start, Flags::Host(None));
+        self.exits.lead(refuse, exit);
         Ok(Loader { start, back })
     }
 

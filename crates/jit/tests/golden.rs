@@ -11,8 +11,9 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use anykvm_cpu::decode::decode;
+use anykvm_jit::exits::Wish;
 use anykvm_jit::listing::listing;
-use anykvm_jit::translate::{Manner, Wish, translate};
+use anykvm_jit::translate::{Manner, translate};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use support::{CODE, computer};
@@ -127,12 +128,13 @@ fn text(build: Build) -> String {
     text.push_str(&listing(&t.bytes, 64, 0));
     text.push_str("exits:\n");
     for exit in &t.exits {
-        let _ = match exit {
+        let offset = exit.offset;
+        let _ = match exit.wish {
             Wish::Interpret { insn, resume, .. } => {
                 let resume = resume.map_or("nowhere".to_owned(), |at| format!("{at:x}"));
                 writeln!(text, "  interpret instruction {insn}, go on at {resume}")
             }
-            Wish::Link { hole, offset, .. } => {
+            Wish::Link { hole, .. } => {
                 writeln!(text, "  link the branch at {hole:x} to offset {offset:x}")
             }
             other => writeln!(text, "  {other:?}"),
