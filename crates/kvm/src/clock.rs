@@ -15,6 +15,7 @@ use anykvm_cpu::host_tsc;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::{Errno, Result};
+use crate::paravirt::time_scale;
 
 /// Flags that KVM_SET_CLOCK takes (and KVM_CAP_ADJUST_CLOCK reports).
 pub(crate) const VALID_FLAGS: u32 = KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
@@ -103,6 +104,8 @@ pub struct ClockPair {
 #[derive(Debug)]
 pub struct Clock {
     host: HostTsc,
+    /// Multiplier and shift that turn cycles into nanoseconds.
+    scale: (u32, i8),
     /// Stable TSC: the master pair. Else `ns` is what is added to the raw clock.
     base: Mutex<ClockPair>,
     default_tsc_khz: AtomicU32,
@@ -116,6 +119,7 @@ impl Clock {
         let host = host();
         let clock = Self {
             host,
+            scale: time_scale(host.khz),
             base: Mutex::new(ClockPair { tsc: 0, ns: 0 }),
             default_tsc_khz: AtomicU32::new(host.khz),
             generation: AtomicU32::new(0),
@@ -163,8 +167,16 @@ impl Clock {
         }
     }
 
+    /// As a guest computes it (`pvclock_scale_delta`), to the nanosecond: what KVM_GET_CLOCK shows must not
+    /// be behind what the guest has read.
     fn cycles_to_ns(&self, cycles: u64) -> u64 {
-        (u128::from(cycles) * 1_000_000 / u128::from(self.host.khz.max(1))) as u64
+        let (mul, shift) = self.scale;
+        let shifted = if shift < 0 {
+            cycles >> -shift
+        } else {
+            cycles << shift
+        };
+        ((u128::from(shifted) * u128::from(mul)) >> 32) as u64
     }
 
     fn set_ns(&self, ns: u64) {

@@ -68,6 +68,7 @@ mod cap;
 mod capability;
 mod capability_table;
 pub mod clock;
+mod clock_pages;
 mod coalesced;
 mod cpuid;
 mod device;

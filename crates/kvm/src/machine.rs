@@ -53,8 +53,6 @@ pub(crate) struct VcpuMachine {
     enforce_features: AtomicBool,
     /// KVM_TPR_ACCESS_REPORTING.
     report_tpr: AtomicBool,
-    /// The guest's kvmclock page is to be written before the guest goes on.
-    clock_due: AtomicBool,
     /// The guest has registered a kvmclock page.
     uses_clock: AtomicBool,
 }
@@ -91,7 +89,6 @@ impl VcpuMachine {
             tsc_khz: AtomicU32::new(0),
             enforce_features: AtomicBool::new(false),
             report_tpr: AtomicBool::new(false),
-            clock_due: AtomicBool::new(false),
             uses_clock: AtomicBool::new(false),
         }
     }
@@ -150,18 +147,14 @@ impl VcpuMachine {
 
     /// KVM_REQ_CLOCK_UPDATE: before the guest goes on.
     pub fn request_clock_update(&self) {
-        self.clock_due.store(true, Ordering::Relaxed);
+        self.vm.clock_pages.request();
         self.requests.kick.requests().set(OWNER);
     }
-    /// Whether it was requested since the last call.
-    pub fn take_clock_due(&self) -> bool {
-        self.clock_due.load(Ordering::Relaxed) && self.clock_due.swap(false, Ordering::Relaxed)
-    }
 
-    /// Whether the guest's kvmclock page shows a time that is no longer so: the clock was set, or the
-    /// TSC alone cannot tell the time.
+    /// Whether the guest's kvmclock page shows a time that is never so for long: the TSC alone cannot tell
+    /// the time.
     pub fn clock_is_stale(&self) -> bool {
-        self.uses_clock.load(Ordering::Relaxed) && self.paravirt().is_stale(self.vm.clock())
+        self.uses_clock.load(Ordering::Relaxed) && !self.vm.clock().host().stable
     }
     /// The guest has, or no longer has, a kvmclock page.
     pub fn set_uses_clock(&self, on: bool) {

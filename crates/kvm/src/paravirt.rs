@@ -18,7 +18,7 @@ use crate::clock::{Clock, ClockPair};
 use crate::machine::VcpuMachine;
 use crate::msr::{Access, MsrAccess, MsrError};
 use crate::paravirt_table::MSRS;
-use crate::vcpu_requests::tsc_at;
+use crate::vcpu_requests::{GuestTsc, tsc_at};
 
 /// Bit 0 of an address MSR: in use.
 const ENABLED: u64 = 1;
@@ -37,8 +37,6 @@ pub(crate) struct Paravirt {
     clock_generation: Option<u32>,
     /// The VMM says that it stopped the guest (KVM_KVMCLOCK_CTRL).
     guest_stopped: bool,
-    /// `pvclock_vcpu_time_info.version`, even.
-    version: u32,
 }
 
 impl Default for Paravirt {
@@ -53,7 +51,6 @@ impl Default for Paravirt {
             poll_control: 1,
             clock_generation: None,
             guest_stopped: false,
-            version: 0,
         }
     }
 }
@@ -86,11 +83,14 @@ pub(crate) fn time_scale(khz: u32) -> (u32, i8) {
 }
 
 /// `struct pvclock_vcpu_time_info`.
-fn time_info(version: u32, pair: ClockPair, s: &CpuState, khz: u32, flags: u8) -> [u8; 32] {
-    let (mul, shift) = time_scale(khz);
+fn time_info(version: u32, pair: ClockPair, tsc: GuestTsc, host_khz: u32, flags: u8) -> [u8; 32] {
+    // Not what the VMM says the frequency is, which may be a little off: the clock is to run as KVM_GET_CLOCK
+    // shows it.
+    let khz = (u128::from(host_khz) * u128::from(tsc.ratio)) >> 48;
+    let (mul, shift) = time_scale(khz as u32);
     let mut info = [0; 32];
     info[..4].copy_from_slice(&version.to_le_bytes());
-    info[8..16].copy_from_slice(&tsc_at(pair.tsc, s.tsc_offset, s.tsc_ratio).to_le_bytes());
+    info[8..16].copy_from_slice(&tsc_at(pair.tsc, tsc.offset, tsc.ratio).to_le_bytes());
     info[16..24].copy_from_slice(&pair.ns.to_le_bytes());
     info[24..28].copy_from_slice(&mul.to_le_bytes());
     info[28] = shift as u8;
@@ -119,7 +119,7 @@ impl Paravirt {
 
     /// Writes the guest's clock page when it is due (KVM_REQ_CLOCK_UPDATE): after the guest registered
     /// it, after the clock or TSC was set, and always where the TSC alone cannot tell the time.
-    pub fn update_clock(&mut self, s: &CpuState, clock: &Clock, khz: u32, memory: &GuestMemory) {
+    pub fn update_clock(&mut self, tsc: GuestTsc, clock: &Clock, memory: &GuestMemory) {
         if self.system_time & ENABLED == 0 {
             return;
         }
@@ -131,12 +131,14 @@ impl Paravirt {
             flags |= GUEST_STOPPED;
         }
         let at = self.system_time & !ENABLED;
-        // The version is odd while the rest is written, so that the guest reads again.
-        self.version = self.version.wrapping_add(2);
-        let odd = self.version.wrapping_sub(1);
-        let info = time_info(self.version, pair, s, khz, flags);
-        let written = memory
-            .write(at, &odd.to_le_bytes())
+        // The version is odd while the rest is written, so that the guest reads again. It goes on from what
+        // the guest has: one that was stopped while it read, and perhaps moved, must not find the same.
+        let mut version = [0; 4];
+        let read = memory.read(at, &mut version);
+        let odd = u32::from_le_bytes(version).wrapping_add(1) | 1;
+        let info = time_info(odd.wrapping_add(1), pair, tsc, clock.host().khz, flags);
+        let written = read
+            .and_then(|()| memory.write(at, &odd.to_le_bytes()))
             .and_then(|()| memory.write(at + 4, &info[4..]))
             .and_then(|()| memory.write(at, &info[..4]));
         if written.is_err() {

@@ -153,14 +153,9 @@ impl Vcpu {
     /// What is looked at each time the guest is entered.
     fn before_entry(&self, core: &mut Core) {
         let machine = self.machine();
-        if machine.take_clock_due() || machine.clock_is_stale() {
-            let clock = self.vm().clock();
-            machine.paravirt().update_clock(
-                &core.cpu.state,
-                clock,
-                machine.tsc_khz(),
-                self.vm().memory(),
-            );
+        self.vm().write_clock_pages();
+        if machine.clock_is_stale() {
+            machine.write_clock_page();
         }
         if core.vapic_addr != 0 {
             self.sync_vapic(core);

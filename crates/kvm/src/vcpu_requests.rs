@@ -20,6 +20,13 @@ pub(crate) const SIPI: u32 = 1 << 1;
 /// No EOI waits.
 const NO_EOI: u16 = 0x100;
 
+/// A guest's TSC: (host TSC × ratio >> 48) + offset.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GuestTsc {
+    pub offset: u64,
+    pub ratio: u64,
+}
+
 /// What was asked of one vCPU and not yet collected.
 #[derive(Debug)]
 pub(crate) struct VcpuRequests {
@@ -121,6 +128,13 @@ impl VcpuRequests {
         match self.tpr_access.swap(0, Ordering::Relaxed) {
             0 => None,
             bits => Some((self.tpr_access_rip.load(Ordering::Relaxed), bits & 2 != 0)),
+        }
+    }
+    /// The guest TSC's relation to the host's.
+    pub fn tsc(&self) -> GuestTsc {
+        GuestTsc {
+            offset: self.tsc_offset.load(Ordering::SeqCst),
+            ratio: self.tsc_ratio.load(Ordering::SeqCst),
         }
     }
     /// The guest TSC's relation to the host's changed.

@@ -13,6 +13,7 @@ use arc_swap::ArcSwapOption;
 
 use crate::capability::EnabledCapabilities;
 use crate::clock::Clock;
+use crate::clock_pages::ClockPages;
 use crate::coalesced::Ring;
 use crate::error::{Errno, Result};
 use crate::event_thread::EventThread;
@@ -42,6 +43,7 @@ pub struct Vm {
     /// Guest RAM, shared with the processors.
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) clock: Clock,
+    pub(crate) clock_pages: ClockPages,
     /// The last TSC written, which the vCPUs share.
     pub(crate) tsc_sync: crate::tsc::TscSync,
     pub(crate) stats: Arc<StatsFile>,
@@ -117,6 +119,7 @@ impl Vm {
             fd: memfd("kvm-vm", 0)?,
             memory: Arc::new(GuestMemory::new()),
             clock: Clock::new(),
+            clock_pages: ClockPages::default(),
             tsc_sync: Default::default(),
             events: EventThread::start(stats.clone())?,
             stats,
@@ -225,9 +228,10 @@ impl Vm {
         Ok(())
     }
 
-    /// KVM_SET_CLOCK: every vCPU writes its guest's clock pages anew.
+    /// KVM_SET_CLOCK: the guest's clock pages are written anew.
     pub(crate) fn set_clock(&self, data: &kvm_clock_data) -> Result<()> {
         self.clock.set(data)?;
+        self.clock_pages.request();
         for vcpu in self.vcpus() {
             vcpu.kick().request(OWNER);
         }

@@ -2,6 +2,7 @@
 //! that come and go, interrupts from eventfds, MSIs and the PIT. Real-mode code, run through the
 //! public Rust API.
 
+mod clock;
 mod interrupts;
 mod io;
 mod memory;
