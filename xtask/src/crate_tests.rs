@@ -14,14 +14,9 @@ const LIMIT: Duration = Duration::from_secs(900);
 
 /// Tests that fail, and what is missing.
 const NOT_YET: &[(&str, &str)] = &[
-    ("vcpu::tests::test_run_code", FIRST_TOUCH),
-    ("VmFd::get_dirty_log", FIRST_TOUCH),
-    ("src/lib.rs - (line", FIRST_TOUCH),
     ("VmFd::create_guest_memfd", "guest_memfd"),
     ("VmFd::set_memory_attributes", "guest_memfd"),
 ];
-const FIRST_TOUCH: &str =
-    "a page that is only read is not logged as dirty; KVM logs it at its first use";
 
 pub fn run() -> Result<ExitCode> {
     let anykvm = build::anykvm()?;

@@ -1,4 +1,4 @@
-//! The project's chores: `cargo xtask demo | test | stress | selftests | kvm-ioctls | bench | diff | fuzz |
+//! The project's chores: `cargo xtask demo | test | stress | migrate | selftests | kvm-ioctls | bench | diff | fuzz |
 //! docs | golden`.
 
 #![forbid(unsafe_code)]
@@ -12,6 +12,7 @@ mod e2e;
 mod fuzz;
 mod guest;
 mod process;
+mod qmp;
 mod selftests;
 
 use std::path::{Path, PathBuf};
@@ -37,6 +38,8 @@ enum Task {
     Test(e2e::TestArgs),
     /// Run stress-ng on four processors, each stressor for a given time
     Stress(e2e::StressArgs),
+    /// Move a busy guest from one QEMU to another and back, or save and load it
+    Migrate(e2e::MigrateArgs),
     /// Run the tests of the crate kvm-ioctls
     KvmIoctls,
     /// Run KVM's own test programs
@@ -72,6 +75,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => e2e::run(&args),
         Task::Stress(args) => e2e::stress(&args),
+        Task::Migrate(args) => e2e::migrate(&args),
         Task::KvmIoctls => crate_tests::run(),
         Task::Selftests(args) => selftests::run(&args),
         Task::Bench(args) => bench::run(&args),

@@ -9,10 +9,13 @@ mod console;
 mod firmware;
 mod http;
 mod linux;
+mod machine;
+mod migrate;
 mod models;
 mod qemu;
 mod stress;
 
+pub use migrate::{MigrateArgs, run as migrate};
 pub use stress::{StressArgs, run as stress};
 
 use std::collections::VecDeque;
@@ -140,6 +143,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     tests.extend(firmware::tests());
     tests.extend(models::tests());
     tests.extend(stress::tests());
+    tests.extend(migrate::tests());
     tests.push(Test {
         name: "contract-shim".to_owned(),
         cpus: 2,

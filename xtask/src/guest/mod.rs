@@ -8,6 +8,7 @@ pub mod disk;
 mod i386;
 mod kmod;
 mod overlay;
+pub mod qcow2;
 
 use std::fs;
 use std::path::{Path, PathBuf};
