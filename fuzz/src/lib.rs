@@ -6,6 +6,8 @@
 //! without access), must do no more than its budget, and must end when a request asks for it. What
 //! the guest computes is not looked at: `tests/` and `cargo xtask diff` do that.
 //!
+//! [`ioctls`] is about the API, not the processor: sequences of random calls.
+//!
 //! [`translated`] runs the same inputs interpreted and translated, and does compare the two.
 //!
 //! `targets/` give inputs from libFuzzer, `tests/cpu.rs` those kept in `corpus/` and a fixed
@@ -15,6 +17,7 @@ mod compare;
 mod device;
 mod drive;
 mod input;
+mod ioctls;
 mod layout;
 mod memory;
 mod setup;
@@ -28,6 +31,11 @@ pub fn cpu(data: &[u8]) {
     if let Ok(input) = Input::arbitrary(&mut Unstructured::new(data)) {
         drive::run(&input);
     }
+}
+
+/// Runs one sequence of ioctls, given as bytes.
+pub fn ioctls(data: &[u8]) {
+    ioctls::run(data);
 }
 
 /// Runs one input, given as bytes, interpreted and translated, and compares.

@@ -15,6 +15,10 @@ pub enum FuzzTask {
     Cpu(FuzzArgs),
     /// The same guests interpreted and translated, which must come to the same
     Translated(FuzzArgs),
+    /// Random ioctls on the objects of the API
+    Ioctls(FuzzArgs),
+    /// Random ioctls of a program under `anykvm run`, not led by what they reach
+    IoctlsShim(ShimArgs),
 }
 
 #[derive(clap::Args)]
@@ -40,7 +44,32 @@ pub fn run(task: &FuzzTask) -> Result<ExitCode> {
     match task {
         FuzzTask::Cpu(args) => fuzz(args, "cpu"),
         FuzzTask::Translated(args) => fuzz(args, "translated"),
+        FuzzTask::Ioctls(args) => fuzz(args, "ioctls"),
+        FuzzTask::IoctlsShim(args) => ioctls_shim(args),
     }
+}
+
+#[derive(clap::Args)]
+pub struct ShimArgs {
+    /// How long
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+}
+
+/// The test of random ioctls as a program that opens `/dev/kvm`: raw pointers and real descriptors.
+fn ioctls_shim(args: &ShimArgs) -> Result<ExitCode> {
+    let anykvm = build::anykvm()?;
+    let mut command = build::cargo();
+    command
+        .args(["test", "--package", "anykvm-fuzz", "--test", "ioctls", "--"])
+        .arg("--nocapture")
+        .env("ANYKVM_TEST_HOST_KVM", "1")
+        .env("ANYKVM_FUZZ_SECONDS", args.seconds.to_string())
+        .env(
+            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER",
+            format!("{} run --backend soft --", anykvm.display()),
+        );
+    status(&mut command)
 }
 
 /// What makes the program tell libFuzzer which edges it takes and what it compares.
@@ -62,11 +91,12 @@ const INPUT_SECONDS: u32 = 20;
 
 fn fuzz(args: &FuzzArgs, name: &str) -> Result<ExitCode> {
     let program = build_target(name, args.address_sanitizer)?;
-    // Inputs mean the same to every target.
-    let found = build::target().join("fuzz/corpus/cpu");
-    let kept = workspace().join("fuzz/corpus/cpu");
+    // Guests mean the same to each target that takes them.
+    let kind = if name == "ioctls" { name } else { "cpu" };
+    let found = build::target().join("fuzz/corpus").join(kind);
+    let kept = workspace().join("fuzz/corpus").join(kind);
     let failures = build::target().join("fuzz/failures").join(name);
-    for folder in [&found, &failures] {
+    for folder in [&found, &kept, &failures] {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
     let mut options = vec![

@@ -317,11 +317,12 @@ fn cargo_test(bench: &Bench, test: &Test, command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// The contract tests once more, as a program that opens `/dev/kvm` under `anykvm run`: raw pointers, real
-/// descriptors, other processes.
+/// The contract tests and random ioctls once more, as programs that open `/dev/kvm` under `anykvm run`: raw
+/// pointers, real descriptors, other processes.
 fn contract_through_the_shim(bench: &Bench, test: &Test) -> Result<()> {
     let mut command = build::cargo();
-    command.args(["test", "--package", "anykvm", "--test", "contract"]);
+    command.args(["test", "--package", "anykvm", "--package", "anykvm-fuzz"]);
+    command.args(["--test", "contract", "--test", "ioctls"]);
     command.env("ANYKVM_TEST_HOST_KVM", "1");
     command.env(
         "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER",
