@@ -10,7 +10,8 @@ use anykvm::{Translation, TranslationMode, cache_size};
 #[derive(clap::Args)]
 pub struct JitArgs {
     /// When guest code is translated to host code: off, on (when it is hot), always (before it first
-    /// runs), count (as on, and instructions are counted)
+    /// runs), count (as on, and instructions are counted), lockstep (as always, and all that is
+    /// executed is compared with the interpreter)
     #[arg(long, value_name = "WHEN")]
     jit: Option<TranslationMode>,
 

@@ -97,6 +97,8 @@ pub struct Cpu {
     pub(crate) last_len: u8,
     /// What runs hot code, if not the interpreter.
     pub(crate) translator: Option<Box<dyn crate::translator::Translator>>,
+    /// Translated code is checked against the interpreter.
+    pub(crate) lockstep: Option<Box<crate::lockstep::Lockstep>>,
     /// Where native assist exchanges operands with the host's registers.
     pub(crate) assist: crate::assist::Frame,
 }
@@ -153,6 +155,7 @@ impl Cpu {
             pauses: 0,
             last_len: 0,
             translator: None,
+            lockstep: None,
             assist: crate::assist::Frame::default(),
         };
         cpu.update_mode();

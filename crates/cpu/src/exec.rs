@@ -15,6 +15,20 @@ pub(crate) type Step = Result<(), Exit>;
 impl Cpu {
     /// Runs until there is something for the caller to do, or about `budget` instructions are done.
     pub fn run(&mut self, budget: u64) -> Exit {
+        let Some(turns) = self.turns() else {
+            return self.run_now(budget);
+        };
+        loop {
+            let turn = turns.take();
+            let exit = self.run_now(budget);
+            drop(turn);
+            if exit != Exit::Budget || budget != u64::MAX {
+                return exit;
+            }
+        }
+    }
+
+    fn run_now(&mut self, budget: u64) -> Exit {
         let requests = self.requests.clone();
         self.participant.enter();
         let (exit, faulted) = fault::watch(&requests, || match self.run_until_exit(budget) {

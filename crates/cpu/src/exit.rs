@@ -49,6 +49,12 @@ pub enum InternalError {
         /// How many of `bytes` are valid.
         len: u8,
     },
+    /// Translated code differs from the interpreter, which [`crate::lockstep`] has found. The state is that
+    /// before the stretch.
+    Lockstep {
+        /// RIP of the wrong instruction, or if that is not known where the stretch began.
+        rip: u64,
+    },
     /// Event delivery met memory that is not RAM.
     DeliveryEvent {
         /// The vector being delivered.

@@ -28,6 +28,7 @@ pub mod interp;
 mod interrupt;
 pub mod io;
 mod iret;
+pub mod lockstep;
 pub mod machine;
 pub mod memory;
 pub mod mmu;
@@ -46,6 +47,7 @@ mod tables;
 mod task;
 pub mod trace;
 pub mod translator;
+pub mod turns;
 pub mod width;
 
 pub use cpu::{Cpu, GuestDebug, host_tsc};

@@ -383,7 +383,7 @@ impl XsaveArea {
 }
 
 /// Everything a processor is between two instructions.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub struct CpuState {
     /// General registers and RIP.

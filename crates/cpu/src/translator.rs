@@ -66,6 +66,10 @@ pub struct TranslatorStats {
     pub left: u64,
     /// Instructions executed by translated code, if they are counted.
     pub executed: u64,
+    /// Instructions of translated code that were compared with the interpreter.
+    pub compared: u64,
+    /// Differences from the interpreter that did not come again.
+    pub disturbed: u64,
     /// Bytes of translated code there are now.
     pub code_bytes: u64,
     /// Bytes of memory the translator holds, code included.

@@ -9,6 +9,10 @@
 //! [`Jit`] keeps the translations of one processor: when a block becomes hot, how blocks are linked,
 //! and when translations are dropped.
 
+// The tests in this crate use what the tests beside it use.
+#[cfg(test)]
+extern crate self as anykvm_jit;
+
 mod access;
 mod asm;
 mod branch;
@@ -22,6 +26,7 @@ mod flags;
 mod forms;
 mod legacy;
 pub mod listing;
+mod lockstep;
 mod memory;
 mod plan;
 mod profile;
@@ -58,6 +63,7 @@ pub use budget::Budget;
 use budget::Account;
 use cache::Cache;
 use flags::Recipe;
+use lockstep::Lockstep;
 use profile::Profile;
 use shared::Shared;
 use stubs::Stubs;
@@ -74,6 +80,9 @@ pub struct Options {
     pub threshold: u32,
     /// Count the instructions that translated code executes.
     pub count: bool,
+    /// Compare everything that translated code does with the interpreter. The processor must be in
+    /// lockstep, too ([`Cpu::set_lockstep`]).
+    pub lockstep: bool,
 }
 
 impl Default for Options {
@@ -82,6 +91,7 @@ impl Default for Options {
             cache: 64 << 20,
             threshold: 16,
             count: false,
+            lockstep: false,
         }
     }
 }
@@ -100,6 +110,10 @@ pub struct Jit {
     accesses: CodeMap,
     views: Views,
     profile: Option<Profile>,
+    lockstep: Option<Box<Lockstep>>,
+    /// For tests: changes what was generated.
+    #[cfg(test)]
+    spoil: Option<fn(&mut Vec<u8>)>,
     /// The exit whose branch may be led to the block that runs next.
     pending: Option<u32>,
     /// The view, the page and, once it is known, the target's RIP of a pending branch to another page.
@@ -153,6 +167,9 @@ impl Jit {
             accesses,
             views: Views::default(),
             profile: None,
+            lockstep: options.lockstep.then(Box::default),
+            #[cfg(test)]
+            spoil: None,
             pending: None,
             crossed: (0, 0, 0),
             stats: TranslatorStats::default(),
@@ -218,7 +235,8 @@ impl Jit {
         let next_windows = &mut self.next_windows[usize::from(mode.user())];
         let manner = Manner {
             first_exit: self.table.next_exit(),
-            count: self.options.count,
+            count: self.options.count || self.options.lockstep,
+            lockstep: self.options.lockstep,
             executions: counter.map(|c| c.1),
             apart: place.1 & APART != 0,
             supervisor: mode.cpl0(),
@@ -229,6 +247,10 @@ impl Jit {
         let mut t = translate::translate(&insns, start, manner).ok()?;
         if let Some(next) = t.windows {
             *next_windows = next;
+        }
+        #[cfg(test)]
+        if let Some(spoil) = self.spoil {
+            spoil(&mut t.bytes);
         }
         let room = Cache::room(t.bytes.len());
         if !self.account.take(room) {
@@ -265,6 +287,7 @@ impl Jit {
                 wants_recipe: t.wants_recipe,
                 host: place.0,
                 base,
+                len: t.bytes.len(),
                 incoming: Vec::new(),
             },
             &t.exits,

@@ -3,6 +3,8 @@
 //! As long as nothing asks for the run loop, what an instruction that was left to the interpreter leads
 //! to is looked up in the current view and entered at once.
 
+use std::sync::atomic::AtomicU32;
+
 use anykvm_cpu::memory::fault;
 use anykvm_cpu::state::seg;
 use anykvm_cpu::translator::{Code, Translator, TranslatorStats};
@@ -11,6 +13,7 @@ use anykvm_cpu::{Cpu, Exit};
 use crate::Jit;
 use crate::exits::Wish;
 use crate::legacy;
+use crate::lockstep::Start;
 use crate::shared::Shared;
 use crate::stubs::Stub;
 use crate::table::APART;
@@ -49,20 +52,29 @@ impl Translator for Jit {
                 Some(entry) => entry,
                 None => match self.find(cpu)? {
                     Some(entry) => entry,
-                    None => return Ok(()),
+                    None => return end_turn(cpu),
                 },
             };
             if !self.run_from(cpu, entry, view)? || !cpu.may_go_on() {
-                return Ok(());
+                return end_turn(cpu);
             }
+            end_turn(cpu)?;
         }
     }
+}
+
+/// Leaves the run loop in lockstep if it is another processor's turn.
+fn end_turn(cpu: &Cpu) -> Result<(), Exit> {
+    if cpu.others_wait() {
+        return Err(Exit::Budget);
+    }
+    Ok(())
 }
 
 impl Jit {
     /// The entry point of the translation for RIP, which is entered into the current view. If there is
     /// none, a block is interpreted, or an instruction that is in none, or a fault made pending.
-    fn find(&mut self, cpu: &mut Cpu) -> Result<Option<u64>, Exit> {
+    pub(crate) fn find(&mut self, cpu: &mut Cpu) -> Result<Option<u64>, Exit> {
         let pending = self.pending.take();
         let mut manner = 0;
         let code = if legacy::translates(cpu.mode()) {
@@ -123,8 +135,9 @@ impl Jit {
         self.shared.page = cpu.state.rip() & !0xfff;
         // The entry point loads what the block needs; places to resume expect it.
         let mut level = Level::None;
+        let mut ahead = 0;
         loop {
-            if !self.enter(cpu, entry, level) {
+            if !self.enter_or_compare(cpu, entry, level, ahead)? {
                 return Ok(false);
             }
             // Code that is resumed takes back what was counted before.
@@ -156,7 +169,7 @@ impl Jit {
                     guarded,
                 } => {
                     let insn = usize::from(insn);
-                    let rest = if self.options.count {
+                    let rest = if self.options.count || self.options.lockstep {
                         translate::run_length(taken.insns.get(insn..).unwrap_or_default()) as u64
                     } else {
                         0
@@ -175,7 +188,8 @@ impl Jit {
                     }
                     match (go_on, resume) {
                         (true, Some(at)) => {
-                            self.stats.executed += rest.saturating_sub(1);
+                            ahead = rest.saturating_sub(1);
+                            self.stats.executed += ahead;
                             entry = taken.base + u64::from(at);
                             level = taken.level;
                         }
@@ -186,9 +200,31 @@ impl Jit {
         }
     }
 
+    /// As [`Jit::enter`]; in lockstep with the interpreter. `counted`: what was counted before of the
+    /// instructions that are executed now.
+    fn enter_or_compare(
+        &mut self,
+        cpu: &mut Cpu,
+        entry: u64,
+        level: Level,
+        counted: u64,
+    ) -> Result<bool, Exit> {
+        let Some(mut lockstep) = self.lockstep.take() else {
+            return Ok(self.enter(cpu, entry, level));
+        };
+        let start = Start {
+            entry,
+            level,
+            counted,
+        };
+        let entered = lockstep.enter(self, cpu, start);
+        self.lockstep = Some(lockstep);
+        entered
+    }
+
     /// Runs translated code from an entry point that expects these vector registers to be loaded. False if
     /// it must not use them.
-    fn enter(&mut self, cpu: &mut Cpu, entry: u64, level: Level) -> bool {
+    pub(crate) fn enter(&mut self, cpu: &mut Cpu, entry: u64, level: Level) -> bool {
         let s = &mut *self.shared;
         let available = Level::available(&cpu.state);
         if level > available {
@@ -209,7 +245,14 @@ impl Jit {
         }
         s.level1 = cpu.level1();
         s.ready = cpu.behind_level1().into();
-        s.go = std::ptr::from_ref(cpu.shared_requests().go());
+        s.go = if self.options.lockstep {
+            // The upper half of the counter.
+            (&raw const s.instructions)
+                .cast::<AtomicU32>()
+                .wrapping_add(1)
+        } else {
+            std::ptr::from_ref(cpu.shared_requests().go())
+        };
         s.jumps = self.views.jumps();
         // 0 is no branch's.
         s.view = self.views.number().unwrap_or(0).into();

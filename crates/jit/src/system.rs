@@ -22,12 +22,18 @@ fn field(offset: usize) -> MemoryOperand {
     at(SCRATCH, offset as i64)
 }
 
+/// Whether it is a system instruction that is translated.
+pub(crate) fn executes(code: Code) -> bool {
+    matches!(code, Code::Cli | Code::Pushfq | Code::Rdtsc | Code::Swapgs)
+}
+
 /// Emits a system instruction.
 pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
-    if !b.supervisor || b.word != Word::Quad {
+    let code = insn.raw.code();
+    if !b.supervisor || b.word != Word::Quad || !executes(code) {
         return Ok(Done::Unsupported);
     }
-    match insn.raw.code() {
+    match code {
         Code::Cli => cli(b),
         Code::Pushfq => pushf(b, site),
         Code::Rdtsc => rdtsc(b),

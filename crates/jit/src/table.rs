@@ -38,6 +38,8 @@ pub struct Translated {
     pub host: u64,
     /// Where the code is: what positions in it are relative to.
     pub base: u64,
+    /// How long it is.
+    pub len: usize,
     /// Exits linked to this translation.
     pub incoming: Vec<u32>,
 }
@@ -131,6 +133,11 @@ impl Table {
     /// A translation.
     pub fn get(&self, n: u32) -> Option<&Translated> {
         self.all.get(n as usize)?.as_ref()
+    }
+    /// The translation whose code this address is in.
+    pub fn containing(&self, address: u64) -> Option<&Translated> {
+        let holds = |t: &&Translated| (t.base..t.base + t.len as u64).contains(&address);
+        self.all.iter().flatten().find(holds)
     }
     /// Adds a translation.
     pub fn insert(&mut self, place: Place, t: Translated, exits: &[Exit]) -> u32 {

@@ -15,6 +15,7 @@ use crate::exits::{Exit, Exits, Wish};
 use crate::extent;
 use crate::flags::{Flags, Recipe};
 use crate::legacy::Word;
+use crate::lockstep;
 use crate::plan::Plan;
 use crate::regs::{POINTER, SCRATCH};
 use crate::shared::Slot;
@@ -114,6 +115,8 @@ pub struct Manner {
     pub first_exit: u32,
     /// The code counts the instructions it executes.
     pub count: bool,
+    /// What differs each time it is executed is left to the interpreter.
+    pub lockstep: bool,
     /// It counts how often it is entered: the address of a 64-bit counter.
     pub executions: Option<u64>,
     /// Each access is checked by itself.
@@ -231,14 +234,10 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         let next = at + i64::from(insn.len);
         let site = Site { k, at, next };
         let later = insns.get(k + 1..).unwrap_or_default();
-        let done = if insn.raw.flow_control() == FlowControl::Next && !insn.ends_block {
-            simple::emit(&mut b, insn, site, later)?
+        let done = if manner.lockstep && lockstep::varies(&insn.raw) {
+            Done::Unsupported
         } else {
-            branch::emit(&mut b, insn, site, later.is_empty())?
-        };
-        let done = match done {
-            Done::Unsupported => system::emit(&mut b, insn, site)?,
-            done => done,
+            b.emit(insn, site, later)?
         };
         match done {
             Done::Next => {}
@@ -321,6 +320,19 @@ impl Block {
         self.a.lea(POINTER, at(POINTER, run as i64))?;
         self.a.store(slot(Slot::Instructions), POINTER)?;
         Ok(run)
+    }
+
+    /// Emits an instruction.
+    fn emit(&mut self, insn: &Insn, site: Site, later: &[Insn]) -> Result<Done, IcedError> {
+        let done = if insn.raw.flow_control() == FlowControl::Next && !insn.ends_block {
+            simple::emit(self, insn, site, later)?
+        } else {
+            branch::emit(self, insn, site, later.is_empty())?
+        };
+        match done {
+            Done::Unsupported => system::emit(self, insn, site),
+            done => Ok(done),
+        }
     }
 
     /// The instruction at a position accesses guest RAM. If it faults, this exit is taken.

@@ -116,6 +116,7 @@ fn text(build: Build) -> String {
     let manner = Manner {
         first_exit: 0,
         count: false,
+        lockstep: false,
         executions: None,
         apart: false,
         supervisor: mode.cpl0(),

@@ -301,6 +301,14 @@ impl Vcpu {
                     anykvm_cpu::dump::mode_name(state),
                 );
             }
+            InternalError::Lockstep { rip } => {
+                page.set_internal_suberror(KVM_INTERNAL_ERROR_EMULATION);
+                page.set_internal_ndata(0);
+                eprintln!(
+                    "anykvm: vcpu {}: what was translated at rip {rip:#x} is wrong",
+                    self.id()
+                );
+            }
             InternalError::DeliveryEvent { vector } => {
                 page.set_internal_suberror(KVM_INTERNAL_ERROR_DELIVERY_EV);
                 page.set_internal_ndata(1);

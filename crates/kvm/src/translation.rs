@@ -1,7 +1,7 @@
 //! Whether and how hot guest code is translated: what the environment says, and what a Rust program
 //! sets with [`crate::VmFd::set_translation`].
 //!
-//! - `ANYKVM_JIT`: `off`, `on`, `always` or `count` ([`TranslationMode`]).
+//! - `ANYKVM_JIT`: `off`, `on`, `always`, `count` or `lockstep` ([`TranslationMode`]).
 //! - `ANYKVM_JIT_CACHE`: the limit of a VM's translated code, in bytes or with K, M or G behind it.
 //! - `ANYKVM_JIT_REPORT`: a file for a list of the hottest blocks, with their code before and after
 //!   translation.
@@ -27,15 +27,20 @@ pub enum TranslationMode {
     /// As `On`, and the instructions that translated code executes are counted, which costs some
     /// speed: a few percent, more in short loops.
     Count,
+    /// As `Always`, and what translated code does is undone and done again by the interpreter. The first
+    /// difference ends KVM_RUN with KVM_EXIT_INTERNAL_ERROR, and stderr says where it is. Many times slower;
+    /// the VM's processors run one at a time.
+    Lockstep,
 }
 
 impl TranslationMode {
     /// Names and modes.
-    const NAMES: [(&str, Self); 4] = [
+    const NAMES: [(&str, Self); 5] = [
         ("off", Self::Off),
         ("on", Self::On),
         ("always", Self::Always),
         ("count", Self::Count),
+        ("lockstep", Self::Lockstep),
     ];
 
     /// Its name in `ANYKVM_JIT`.
@@ -138,6 +143,7 @@ impl Translation {
             TranslationMode::On => {}
             TranslationMode::Always => options.threshold = 1,
             TranslationMode::Count => options.count = true,
+            TranslationMode::Lockstep => (options.threshold, options.lockstep) = (1, true),
         }
         let mut jit = Jit::with_budget(options, budget)
             .inspect_err(|e| say_once(&format!("guest code is interpreted, not translated: {e}")))

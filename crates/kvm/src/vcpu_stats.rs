@@ -64,6 +64,11 @@ vcpu_statistics! {
     JitDropped = counter "jit_dropped_blocks";
     /// Times all translations were dropped because there was no room for one more.
     JitFlushes = counter "jit_flushes";
+    /// Instructions of translated code that were compared with the interpreter
+    /// ([`crate::TranslationMode::Lockstep`]).
+    JitCompared = counter "jit_compared_instructions";
+    /// Differences that did not come again: a device, or another thread of the VMM, has written to memory.
+    JitDisturbed = counter "jit_disturbed_stretches";
     /// Translated code there is now.
     JitCodeBytes = bytes "jit_code_bytes";
     /// Memory that the processor holds beside guest RAM: decoded blocks, TLB, translations.
@@ -91,5 +96,7 @@ pub(crate) fn publish(stats: &StatsFile, cpu: &Cpu) {
     set(VcpuStat::JitEntries, jit.entries);
     set(VcpuStat::JitDropped, jit.dropped);
     set(VcpuStat::JitFlushes, jit.flushes);
+    set(VcpuStat::JitCompared, jit.compared);
+    set(VcpuStat::JitDisturbed, jit.disturbed);
     set(VcpuStat::JitCodeBytes, jit.code_bytes);
 }

@@ -5,9 +5,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use anykvm_abi::kvm_clock_data;
+use anykvm_cpu::Cpu;
 use anykvm_cpu::memory::GuestMemory;
 use anykvm_cpu::memory::mapping::Mapping;
 use anykvm_cpu::requests::OWNER;
+use anykvm_cpu::turns::Turns;
 use anykvm_jit::Budget;
 use arc_swap::ArcSwapOption;
 
@@ -23,7 +25,7 @@ use crate::memory::SlotTable;
 use crate::msr_filter::MsrFilter;
 use crate::object::memfd;
 use crate::stats::{StatsFile, VM_STATISTICS, VmStat};
-use crate::translation::{self, Translation};
+use crate::translation::{self, Translation, TranslationMode};
 use crate::vcpu::Vcpu;
 use crate::xen::XenHvm;
 
@@ -72,12 +74,26 @@ pub struct Vm {
 pub(crate) struct VmTranslation {
     pub how: Translation,
     pub budget: Arc<Budget>,
+    /// For [`TranslationMode::Lockstep`].
+    pub turns: Arc<Turns>,
+}
+
+impl VmTranslation {
+    /// Gives vCPU `id`'s processor its translator.
+    pub fn equip(&self, cpu: &mut Cpu, id: u32) {
+        let translator = self.how.translator(id, &self.budget);
+        if translator.is_some() && self.how.mode == TranslationMode::Lockstep {
+            cpu.set_lockstep(self.turns.clone());
+        }
+        cpu.set_translator(translator);
+    }
 }
 
 impl From<Translation> for VmTranslation {
     fn from(how: Translation) -> Self {
         Self {
             budget: how.budget(),
+            turns: Arc::default(),
             how,
         }
     }

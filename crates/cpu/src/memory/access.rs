@@ -6,6 +6,7 @@
 //! instruction is listed in the `anykvm_extable` section, so that a fault on it (the VMM unmapped
 //! the memory) can be resumed behind it ([`super::fault`]).
 
+use super::elements;
 use crate::width::Width;
 use std::arch::asm;
 
@@ -134,11 +135,9 @@ pub unsafe fn compare_exchange_16(at: u64, expected: u128, new: u128) -> (u128, 
 pub(crate) fn copy_from_guest(buf: &mut [u8], host: u64) {
     let mut at = host;
     let (words, rest) = buf.as_chunks_mut::<8>();
-    for w in words {
-        // SAFETY: callers pass host addresses inside a slot they hold.
-        *w = unsafe { u64::load(at) }.to_le_bytes();
-        at += 8;
-    }
+    let to = words.as_mut_ptr().expose_provenance() as u64;
+    elements::copy::<u64>(to, host, words.len() as u64, false);
+    at += words.len() as u64 * 8;
     for b in rest {
         // SAFETY: as above.
         *b = unsafe { u8::load(at) };

@@ -60,14 +60,17 @@ impl Cpu {
         let page = self.translate(linear, access)?;
         let gpa = page.gpa | linear & (PAGE - 1);
         let Some(slot) = self.map.find(gpa).cloned() else {
+            self.leave_ram()?;
             return Ok(Place::Mmio { gpa });
         };
         let host = slot.host() + (gpa - slot.gpa);
         slot.mark_used(gpa);
         if access.write {
             if slot.readonly {
+                self.leave_ram()?;
                 return Ok(Place::Mmio { gpa });
             }
+            self.open_page(host)?;
             slot.mark_dirty(gpa);
         }
         self.refill(linear, host & !(PAGE - 1), &page, &slot, access);
@@ -101,6 +104,7 @@ impl Cpu {
             && !slot.readonly
             && !logged
             && page.dirty
+            && self.is_open(host_page)
             && self
                 .check_rights(
                     page,

@@ -459,6 +459,14 @@ impl Tlb {
             }
         }
     }
+    /// Drops all fast write entries.
+    pub fn close_writes(&mut self) {
+        self.drops += 1;
+        self.ready.clear_writes();
+        for entry in self.l1.iter_mut().flatten() {
+            entry.write = INVALID;
+        }
+    }
 }
 
 fn bloom_bit(words: usize, n: u64) -> (usize, u64) {

@@ -25,6 +25,7 @@ pub const ALWAYS: Options = Options {
     cache: 4 << 20,
     threshold: 1,
     count: false,
+    lockstep: false,
 };
 
 /// A computer with a program, some data, and registers that differ.
