@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::block::BlockCache;
+use crate::counted::Counted;
 use crate::events::{SHADOW_MOV_SS, vector};
 use crate::exit::{Exit, Fault, Stop};
 use crate::io::Io;
@@ -99,6 +100,8 @@ pub struct Cpu {
     pub(crate) translator: Option<Box<dyn crate::translator::Translator>>,
     /// Translated code is checked against the interpreter.
     pub(crate) lockstep: Option<Box<crate::lockstep::Lockstep>>,
+    /// What is left of a run by count.
+    pub(crate) counted: Counted,
     /// Where native assist exchanges operands with the host's registers.
     pub(crate) assist: crate::assist::Frame,
 }
@@ -156,6 +159,7 @@ impl Cpu {
             last_len: 0,
             translator: None,
             lockstep: None,
+            counted: Counted::default(),
             assist: crate::assist::Frame::default(),
         };
         cpu.update_mode();

@@ -29,9 +29,14 @@ impl Cpu {
     }
 
     fn run_now(&mut self, budget: u64) -> Exit {
+        self.run_watched(|cpu| cpu.run_until_exit(budget))
+    }
+
+    /// Runs in guest memory that other threads may change the map of, and the VMM may unmap.
+    pub(crate) fn run_watched(&mut self, run: impl FnOnce(&mut Self) -> Step) -> Exit {
         let requests = self.requests.clone();
         self.participant.enter();
-        let (exit, faulted) = fault::watch(&requests, || match self.run_until_exit(budget) {
+        let (exit, faulted) = fault::watch(&requests, || match run(self) {
             Ok(()) => Exit::Budget,
             Err(exit) => exit,
         });
@@ -77,12 +82,12 @@ impl Cpu {
 
     /// The exit of an instruction that has completed (HLT, MOV to CR8). It comes before anything
     /// else ends the run: the state alone would not show it.
-    fn exit_behind_instruction(&mut self) -> Step {
+    pub(crate) fn exit_behind_instruction(&mut self) -> Step {
         self.exit.take().map_or(Ok(()), Err)
     }
 
     /// Finishes what the last exit left half done.
-    fn complete_io(&mut self) -> Step {
+    pub(crate) fn complete_io(&mut self) -> Step {
         self.replay()?;
         match self.next_write() {
             Some(exit) => Err(exit),
@@ -90,7 +95,7 @@ impl Cpu {
         }
     }
 
-    fn serve_requests(&mut self) -> Step {
+    pub(crate) fn serve_requests(&mut self) -> Step {
         let pending = self.requests.pending();
         if pending & (requests::TLB_FLUSH | requests::MEMSLOTS) != 0 {
             let epoch = self.memory.epoch();
@@ -119,7 +124,7 @@ impl Cpu {
 
     /// Delivers the first of what is pending and deliverable, in the order of SDM Vol. 3, table 6-2;
     /// false if there is nothing.
-    fn serve_events(&mut self) -> Result<bool, Exit> {
+    pub(crate) fn serve_events(&mut self) -> Result<bool, Exit> {
         self.check_events = false;
         if self.state.events.triple_fault {
             self.state.events.triple_fault = false;

@@ -8,6 +8,7 @@
 pub mod assist;
 pub mod block;
 mod control;
+mod counted;
 mod cpu;
 pub mod cpuid;
 pub mod crregs;
@@ -50,6 +51,7 @@ pub mod translator;
 pub mod turns;
 pub mod width;
 
+pub use counted::CountedTime;
 pub use cpu::{Cpu, GuestDebug, host_tsc};
 pub use decode::Insn;
 pub use exit::{Exit, Fault, Stop};

@@ -4,6 +4,7 @@
 //! and must not call back into the [`crate::Cpu`]; whatever they want of it later they put into its
 //! [`crate::Requests`].
 
+use crate::counted::CountedTime;
 use crate::exit::Exit;
 use crate::state::CpuState;
 
@@ -86,6 +87,13 @@ pub trait Machine: Send + Sync {
 
     /// The EOI of a vector the VMM's IOAPIC must hear about, if one happened since the last call.
     fn take_ioapic_eoi(&self) -> Option<u8>;
+
+    /// Where time is counted ([`crate::Cpu::run_counted`]): so many instructions and deliveries have been
+    /// done since the last call. The machine lets that much time pass, with the timers that it makes due,
+    /// and says what time it is. `None` where time is the host's.
+    fn count_time(&self, _done: u64) -> Option<CountedTime> {
+        None
+    }
 
     /// Takes NMI/SMI that arrived from other threads into the event state; called when
     /// [`crate::requests::EVENT`] was set.

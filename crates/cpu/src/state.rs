@@ -425,6 +425,9 @@ pub struct CpuState {
     pub tsc_offset: u64,
     /// See `tsc_offset`.
     pub tsc_ratio: u64,
+    /// What the host's TSC is taken to show, where time is counted and not the host's
+    /// ([`crate::Machine::count_time`]).
+    pub host_tsc: Option<u64>,
     /// Events pending, injected and masked.
     pub events: Events,
     /// x87, SSE, AVX, … in the standard XSAVE format; the registers themselves, not a copy.
@@ -460,6 +463,7 @@ impl CpuState {
             msr: Msrs::default(),
             tsc_offset: 0,
             tsc_ratio: 1 << 48,
+            host_tsc: None,
             events: Events::default(),
             xsave: XsaveArea::default(),
         };
@@ -563,7 +567,8 @@ impl CpuState {
     }
     /// The time-stamp counter now.
     pub fn tsc(&self) -> u64 {
-        let scaled = (u128::from(crate::cpu::host_tsc()) * u128::from(self.tsc_ratio)) >> 48;
+        let host = self.host_tsc.unwrap_or_else(crate::cpu::host_tsc);
+        let scaled = (u128::from(host) * u128::from(self.tsc_ratio)) >> 48;
         (scaled as u64).wrapping_add(self.tsc_offset)
     }
     /// I/O privilege level.

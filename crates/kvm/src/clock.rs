@@ -8,7 +8,7 @@
 //! which, unlike CLOCK_MONOTONIC, NTP does not slew.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use anykvm_abi::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE, kvm_clock_data};
 use anykvm_cpu::host_tsc;
@@ -16,6 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::{Errno, Result};
 use crate::paravirt::time_scale;
+use crate::time::Time;
 
 /// Flags that KVM_SET_CLOCK takes (and KVM_CAP_ADJUST_CLOCK reports).
 pub(crate) const VALID_FLAGS: u32 = KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
@@ -30,6 +31,11 @@ fn read_ns(clock: ClockId) -> u64 {
 /// Nanoseconds of CLOCK_MONOTONIC: what all timers and deadlines of a VM are in.
 pub fn monotonic_ns() -> u64 {
     read_ns(ClockId::Monotonic)
+}
+
+/// Nanoseconds since 1970.
+pub(crate) fn realtime_ns() -> u64 {
+    read_ns(ClockId::Realtime)
 }
 
 fn raw_ns() -> u64 {
@@ -106,6 +112,7 @@ pub struct Clock {
     host: HostTsc,
     /// Multiplier and shift that turn cycles into nanoseconds.
     scale: (u32, i8),
+    time: Arc<Time>,
     /// Stable TSC: the master pair. Else `ns` is what is added to the raw clock.
     base: Mutex<ClockPair>,
     default_tsc_khz: AtomicU32,
@@ -115,11 +122,12 @@ pub struct Clock {
 
 impl Clock {
     /// A clock that shows 0 now.
-    pub(crate) fn new() -> Self {
-        let host = host();
+    pub(crate) fn new(time: Arc<Time>) -> Self {
+        let host = time.host_tsc();
         let clock = Self {
             host,
             scale: time_scale(host.khz),
+            time,
             base: Mutex::new(ClockPair { tsc: 0, ns: 0 }),
             default_tsc_khz: AtomicU32::new(host.khz),
             generation: AtomicU32::new(0),
@@ -158,7 +166,7 @@ impl Clock {
         if !self.host.stable {
             return pair;
         }
-        let tsc = host_tsc();
+        let tsc = self.time.tsc();
         ClockPair {
             tsc,
             ns: pair
@@ -182,7 +190,7 @@ impl Clock {
     fn set_ns(&self, ns: u64) {
         *self.lock() = if self.host.stable {
             ClockPair {
-                tsc: host_tsc(),
+                tsc: self.time.tsc(),
                 ns,
             }
         } else {
@@ -207,7 +215,7 @@ impl Clock {
         };
         if self.host.stable {
             data.flags = VALID_FLAGS;
-            data.realtime = read_ns(ClockId::Realtime);
+            data.realtime = self.time.realtime_ns();
             data.host_tsc = now.tsc;
         }
         data
@@ -221,7 +229,7 @@ impl Clock {
         }
         let mut ns = data.clock;
         if data.flags & KVM_CLOCK_REALTIME != 0 {
-            ns = ns.wrapping_add(read_ns(ClockId::Realtime).saturating_sub(data.realtime));
+            ns = ns.wrapping_add(self.time.realtime_ns().saturating_sub(data.realtime));
         }
         self.set_ns(ns);
         Ok(())
@@ -245,7 +253,7 @@ mod tests {
 
     #[test]
     fn starts_at_zero_and_goes_on_from_what_is_set() {
-        let clock = Clock::new();
+        let clock = Clock::new(Time::of_host());
         let first = clock.get().clock;
         assert!(first < 1_000_000_000);
         clock
@@ -265,7 +273,7 @@ mod tests {
 
     #[test]
     fn unknown_flags_change_nothing() {
-        let clock = Clock::new();
+        let clock = Clock::new(Time::of_host());
         let bad = kvm_clock_data {
             clock: 1 << 60,
             flags: 1,

@@ -5,6 +5,8 @@
 //! Setting a deadline is a store, and a write to an eventfd only if it is earlier than what the
 //! timerfd is set to: vCPU threads do it often, and their seccomp filters allow them `write` but not
 //! `timerfd_settime`. An expiry that finds nothing due sets the timerfd to the earliest deadline left.
+//!
+//! Where time is counted there is no thread: the vCPU that runs looks here ([`EventThread::look`]).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -21,9 +23,9 @@ use rustix::time::{
 };
 use vmm_sys_util::signal::{SIGRTMAX, block_signal, get_blocked_signals, unblock_signal};
 
-use crate::clock::monotonic_ns;
 use crate::error::Result;
 use crate::stats::{StatsFile, VmStat};
+use crate::time::Time;
 
 /// No deadline.
 const NEVER: u64 = u64::MAX;
@@ -60,7 +62,7 @@ impl fmt::Debug for Deadline {
 }
 
 impl Deadline {
-    /// Sets it (nanoseconds of CLOCK_MONOTONIC), or clears it. From any thread.
+    /// Sets it (nanoseconds of the VM's clock, the host's CLOCK_MONOTONIC), or clears it. From any thread.
     pub fn set(&self, at: Option<u64>) {
         let at = at.unwrap_or(NEVER);
         self.at.store(at, Ordering::SeqCst);
@@ -91,6 +93,11 @@ impl Deadline {
     }
 }
 
+fn earliest(deadlines: &[Arc<Deadline>]) -> u64 {
+    let times = deadlines.iter().map(|d| d.at.load(Ordering::SeqCst));
+    times.min().unwrap_or(NEVER)
+}
+
 struct Shared {
     epoll: OwnedFd,
     wake: OwnedFd,
@@ -101,6 +108,7 @@ struct Shared {
     deadlines: RwLock<Vec<Weak<Deadline>>>,
     sources: Mutex<Sources>,
     stats: Arc<StatsFile>,
+    time: Arc<Time>,
 }
 
 #[derive(Default)]
@@ -124,7 +132,7 @@ impl fmt::Debug for EventThread {
 impl EventThread {
     /// Starts the thread, with all signals blocked that are not faults: the VMM's handlers are for
     /// its own threads.
-    pub(crate) fn start(stats: Arc<StatsFile>) -> Result<Self> {
+    pub(crate) fn start(stats: Arc<StatsFile>, time: Arc<Time>) -> Result<Self> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let timer = timerfd_create(
             TimerfdClockId::Monotonic,
@@ -155,7 +163,14 @@ impl EventThread {
                 ..Default::default()
             }),
             stats,
+            time,
         });
+        if shared.time.is_counted() {
+            return Ok(Self {
+                shared,
+                thread: None,
+            });
+        }
         let blocked = BlockedSignals::block_all();
         let run = shared.clone();
         let thread = std::thread::Builder::new()
@@ -166,6 +181,27 @@ impl EventThread {
             shared,
             thread: Some(thread?),
         })
+    }
+
+    /// Where time is counted: does what is due now, and takes what has come in by descriptors.
+    pub(crate) fn look(&self) {
+        self.shared.take_input(Some(&Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        }));
+        self.expire();
+    }
+
+    /// Where time is counted: calls the timers that are due.
+    pub(crate) fn expire(&self) {
+        if self.shared.programmed.load(Ordering::SeqCst) <= self.shared.time.ns() {
+            self.shared.run_timers();
+        }
+    }
+
+    /// When the next timer is due.
+    pub(crate) fn next_deadline(&self) -> Option<u64> {
+        Some(earliest(&self.shared.deadlines())).filter(|at| *at != NEVER)
     }
 
     /// A new deadline, not set, whose owner is not there yet; see [`Self::connect`].
@@ -232,65 +268,74 @@ impl Shared {
         self.sources.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    fn deadlines(&self) -> Vec<Arc<Deadline>> {
+        let all = self.deadlines.read().unwrap_or_else(|e| e.into_inner());
+        all.iter().filter_map(Weak::upgrade).collect()
+    }
+
     fn wake(&self) {
+        if self.time.is_counted() {
+            return;
+        }
         // EAGAIN: the counter is full, so the thread is about to wake.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
     fn run(&self) {
-        let mut events = Vec::with_capacity(32);
-        loop {
-            events.clear();
-            match epoll::wait(&self.epoll, spare_capacity(&mut events), None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(_) => return,
-            }
-            if self.stop.load(Ordering::SeqCst) {
-                return;
-            }
-            self.stats.add(VmStat::EventThread as usize, 1);
-            let mut timers = false;
-            for event in &events {
-                match event.data.u64() {
-                    TOKEN_WAKE => {
-                        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-                        timers = true;
-                    }
-                    TOKEN_TIMER => {
-                        let _ = rustix::io::read(&self.timer, &mut [0; 8]);
-                        timers = true;
-                    }
-                    token => {
-                        // Locked over the call: once `unwatch` has returned there is none any more.
-                        if let Some(source) = self.sources().by_token.get(&token) {
-                            source.ready();
-                        }
-                    }
-                }
-            }
+        while let Some(timers) = self.take_input(None) {
             if timers {
                 self.run_timers();
             }
         }
     }
 
+    /// Waits for input (at most so long) and hands it to its sources. True if timers are to be looked at;
+    /// `None` if the thread is to end.
+    fn take_input(&self, timeout: Option<&Timespec>) -> Option<bool> {
+        let mut events = Vec::with_capacity(32);
+        match epoll::wait(&self.epoll, spare_capacity(&mut events), timeout) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return None,
+        }
+        if self.stop.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.stats.add(VmStat::EventThread as usize, 1);
+        let mut timers = false;
+        for event in &events {
+            match event.data.u64() {
+                TOKEN_WAKE => {
+                    let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+                    timers = true;
+                }
+                TOKEN_TIMER => {
+                    let _ = rustix::io::read(&self.timer, &mut [0; 8]);
+                    timers = true;
+                }
+                token => {
+                    // Locked over the call: once `unwatch` has returned there is none any more.
+                    if let Some(source) = self.sources().by_token.get(&token) {
+                        source.ready();
+                    }
+                }
+            }
+        }
+        Some(timers)
+    }
+
     /// Calls what is due and sets the timerfd to the earliest deadline left.
     fn run_timers(&self) {
         // As long as it is 0 nobody wakes the thread: the look below comes after the calls.
         self.programmed.store(0, Ordering::SeqCst);
-        let deadlines: Vec<Arc<Deadline>> = {
-            let all = self.deadlines.read().unwrap_or_else(|e| e.into_inner());
-            all.iter().filter_map(Weak::upgrade).collect()
-        };
-        let now = monotonic_ns();
+        let deadlines = self.deadlines();
+        let now = self.time.ns();
         for deadline in &deadlines {
             deadline.run(now);
         }
         self.programmed.store(NEVER, Ordering::SeqCst);
-        let earliest = deadlines.iter().map(|d| d.at.load(Ordering::SeqCst)).min();
-        let earliest = earliest.unwrap_or(NEVER);
+        let earliest = earliest(&deadlines);
         let earliest = earliest.min(self.programmed.fetch_min(earliest, Ordering::SeqCst));
-        if earliest != NEVER {
+        if earliest != NEVER && !self.time.is_counted() {
             let value = Timespec {
                 tv_sec: (earliest / 1_000_000_000) as i64,
                 // All 0 would disarm it.
@@ -341,13 +386,15 @@ impl Drop for BlockedSignals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::monotonic_ns;
     use crate::stats::VM_STATISTICS;
     use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc;
     use std::time::Duration;
 
     fn thread() -> EventThread {
-        EventThread::start(StatsFile::new("test", VM_STATISTICS).unwrap()).unwrap()
+        let stats = StatsFile::new("test", VM_STATISTICS).unwrap();
+        EventThread::start(stats, Time::of_host()).unwrap()
     }
 
     struct Report(mpsc::SyncSender<u64>);

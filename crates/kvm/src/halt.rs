@@ -9,7 +9,6 @@ use anykvm_cpu::events::MpState;
 use anykvm_cpu::requests::{EVENT, KICK, OWNER};
 use anykvm_cpu::state::{reg, rflags, seg};
 
-use crate::clock::monotonic_ns;
 use crate::error::{Errno, Result};
 use crate::machine::collect_events;
 use crate::vcpu::{Core, Vcpu};
@@ -36,6 +35,9 @@ impl Vcpu {
             }
             self.kick().requests().take(EVENT | OWNER);
             if self.requests().apic_events() == 0 {
+                if self.vm().time.is_counted() {
+                    return Err(Errno::EAGAIN);
+                }
                 self.kick().sleep(None);
             }
         }
@@ -45,7 +47,8 @@ impl Vcpu {
 
     /// Waits until the vCPU may run again.
     pub(crate) fn block(&self, core: &mut Core) -> Result<()> {
-        let began = monotonic_ns();
+        let time = self.vm().time.clone();
+        let began = time.ns();
         let mut slept = false;
         loop {
             if self.kick().requests().take(KICK) != 0 {
@@ -58,7 +61,11 @@ impl Vcpu {
             if self.wakes(core) {
                 break;
             }
-            let waited = monotonic_ns().wrapping_sub(began);
+            if self.vm().time.is_counted() {
+                // Only the caller can let time pass, or other vCPUs run.
+                return Err(Errno::EAGAIN);
+            }
+            let waited = time.ns().wrapping_sub(began);
             if waited < core.halt_poll_ns && !slept {
                 std::hint::spin_loop();
                 continue;
@@ -69,7 +76,7 @@ impl Vcpu {
             let deadline = self.machine().lapic().and_then(|l| l.next_deadline());
             self.kick().sleep(deadline);
         }
-        self.adapt_poll(core, monotonic_ns().wrapping_sub(began), slept);
+        self.adapt_poll(core, time.ns().wrapping_sub(began), slept);
         self.requests().clear_pv_unhalted();
         if core.cpu.state.events.mp_state == MpState::Halted {
             core.cpu.state.events.mp_state = MpState::Runnable;
@@ -84,7 +91,7 @@ impl Vcpu {
         if let Some(lapic) = self.machine().lapic()
             && let Some(at) = lapic.next_deadline()
         {
-            let now = monotonic_ns();
+            let now = self.vm().time.ns();
             if at <= now {
                 lapic.timer_expired(now);
             }

@@ -14,12 +14,12 @@ use anykvm_irqchip::{
     ChipMode, IrqChip, MAX_IRQ_ROUTES, RESAMPLE_IRQ_SOURCE_ID, USERSPACE_IRQ_SOURCE_ID, VmEvents,
 };
 
-use crate::clock::monotonic_ns;
 use crate::error::{Errno, Result};
 use crate::event_thread::{Deadline, Expire};
 use crate::eventfd::EventFd;
 use crate::irqfd::Irqfds;
 use crate::stats::VmStat;
+use crate::time::Time;
 use crate::vm::Vm;
 
 pub(crate) use anykvm_irqchip::ChipMode as Controllers;
@@ -74,11 +74,12 @@ struct ChipEvents {
     chip: OnceLock<Weak<IrqChip>>,
     deadline: Arc<Deadline>,
     resamplers: Arc<Resamplers>,
+    time: Arc<Time>,
 }
 
 impl VmEvents for ChipEvents {
     fn now_ns(&self) -> u64 {
-        monotonic_ns()
+        self.time.ns()
     }
 
     fn timer_armed(&self, deadline: Option<u64>) {
@@ -134,6 +135,7 @@ impl Vm {
             chip: OnceLock::new(),
             deadline: deadline.clone(),
             resamplers: self.irq.resamplers.clone(),
+            time: self.time.clone(),
         });
         let chip = IrqChip::new(mode, events.clone());
         self.events

@@ -17,6 +17,7 @@ use crate::system::{
     System, VCPU_MMAP_SIZE, emulated_cpuid, msr_feature, msr_feature_index_list, msr_index_list,
     supported_cpuid,
 };
+use crate::time::CountedTime;
 use crate::vm_fd::VmFd;
 
 /// The KVM subsystem.
@@ -162,6 +163,12 @@ impl Kvm {
     /// Creates a VM of a type; 0 is the only one (section 4.2).
     pub fn create_vm_with_type(&self, vm_type: u64) -> Result<VmFd> {
         Ok(VmFd::from(self.system.create_vm(vm_type)?))
+    }
+
+    /// Creates a VM whose time is a count of its instructions, and whose vCPUs can be run by count
+    /// ([`crate::VcpuFd::run_counted`]). For tests and tools; no ioctl does this.
+    pub fn create_vm_with_counted_time(&self, time: CountedTime) -> Result<VmFd> {
+        Ok(VmFd::from(self.system.create_vm_with_counted_time(time)?))
     }
 }
 

@@ -15,10 +15,11 @@ use anykvm_cpu::machine::{Hypercall, MsrResult, Quirk};
 use anykvm_cpu::memory::PAGE;
 use anykvm_cpu::msr::index::PLATFORM_INFO;
 use anykvm_cpu::requests::OWNER;
-use anykvm_cpu::{CpuState, Machine};
+use anykvm_cpu::{CountedTime, CpuState, Machine};
 use anykvm_irqchip::{ChipMode, CpuFeatures, Lapic};
 use arc_swap::ArcSwap;
 
+use crate::counted::Limit;
 use crate::cpuid::GuestCpuid;
 use crate::mce::MachineCheck;
 use crate::msr::{self, Access, MsrAccess, MsrError};
@@ -55,6 +56,8 @@ pub(crate) struct VcpuMachine {
     report_tpr: AtomicBool,
     /// The guest has registered a kvmclock page.
     uses_clock: AtomicBool,
+    /// Of a run by count.
+    limit: Limit,
 }
 
 impl std::fmt::Debug for VcpuMachine {
@@ -90,6 +93,7 @@ impl VcpuMachine {
             enforce_features: AtomicBool::new(false),
             report_tpr: AtomicBool::new(false),
             uses_clock: AtomicBool::new(false),
+            limit: Limit::default(),
         }
     }
 
@@ -98,6 +102,9 @@ impl VcpuMachine {
     }
     pub fn requests(&self) -> &VcpuRequests {
         &self.requests
+    }
+    pub fn limit(&self) -> &Limit {
+        &self.limit
     }
     pub fn run(&self) -> &RunPage {
         &self.run
@@ -361,6 +368,10 @@ impl Machine for VcpuMachine {
 
     fn take_ioapic_eoi(&self) -> Option<u8> {
         self.requests.take_ioapic_eoi()
+    }
+
+    fn count_time(&self, done: u64) -> Option<CountedTime> {
+        self.count(done)
     }
 
     fn collect_events(&self, state: &mut CpuState) {

@@ -12,7 +12,6 @@ use anykvm_abi::{
 use anykvm_cpu::CpuState;
 use anykvm_cpu::machine::Hypercall;
 use anykvm_cpu::memory::GuestMemory;
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::clock::{Clock, ClockPair};
 use crate::machine::VcpuMachine;
@@ -242,9 +241,8 @@ impl VcpuMachine {
             return;
         }
         let version = u32::from_le_bytes(version) | 1;
-        let now = clock_gettime(ClockId::Realtime);
-        let realtime = now.tv_sec as i128 * 1_000_000_000 + now.tv_nsec as i128;
-        let boot = (realtime - i128::from(self.vm().clock().now().ns)).max(0);
+        let realtime = self.vm().time.realtime_ns();
+        let boot = realtime.saturating_sub(self.vm().clock().now().ns);
         let mut data = [0; 8];
         data[..4].copy_from_slice(&((boot / 1_000_000_000) as u32).to_le_bytes());
         data[4..].copy_from_slice(&((boot % 1_000_000_000) as u32).to_le_bytes());
@@ -312,11 +310,11 @@ impl VcpuMachine {
         if kind != WALLCLOCK || !clock.host().stable {
             return -i64::from(anykvm_abi::KVM_EOPNOTSUPP);
         }
-        let now = clock_gettime(ClockId::Realtime);
-        let tsc = tsc_at(anykvm_cpu::host_tsc(), s.tsc_offset, s.tsc_ratio);
+        let now = self.vm().time.realtime_ns();
+        let tsc = tsc_at(self.vm().time.tsc(), s.tsc_offset, s.tsc_ratio);
         let mut data = [0; 64];
-        data[..8].copy_from_slice(&now.tv_sec.to_le_bytes());
-        data[8..16].copy_from_slice(&now.tv_nsec.to_le_bytes());
+        data[..8].copy_from_slice(&(now / 1_000_000_000).to_le_bytes());
+        data[8..16].copy_from_slice(&(now % 1_000_000_000).to_le_bytes());
         data[16..24].copy_from_slice(&tsc.to_le_bytes());
         match self.vm().memory().write(at, &data) {
             Ok(()) => 0,

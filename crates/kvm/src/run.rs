@@ -98,6 +98,9 @@ impl Vcpu {
             self.machine().store_cr8(cr8);
         }
         self.hand_over(core);
+        if self.vm().time.is_counted() {
+            self.vm().events.look();
+        }
         if immediate || self.kick().requests().pending() & KICK != 0 {
             if !core.cpu.io.pending() {
                 self.kick().requests().take(KICK);
@@ -125,7 +128,11 @@ impl Vcpu {
                 self.kick().requests().set(OWNER);
             }
             self.before_entry(core);
-            let exit = core.cpu.run(u64::MAX);
+            let exit = if self.vm().time.is_counted() {
+                core.cpu.run_counted(self.machine().limit().turns())
+            } else {
+                core.cpu.run(u64::MAX)
+            };
             if let Next::User(reason) = self.handle_exit(core, exit)? {
                 return Ok(reason);
             }
@@ -266,6 +273,8 @@ impl Vcpu {
             }
             Exit::InternalError(error) => self.report_internal_error(core, error),
             Exit::BadMemory => return Err(Errno::EFAULT),
+            // A run by count ends as a signal would end it.
+            Exit::Budget if self.vm().time.is_counted() => return Err(Errno::EINTR),
             Exit::Budget => return Ok(Next::Guest),
         };
         Ok(Next::User(reason))

@@ -6,11 +6,11 @@
 
 use std::sync::Mutex;
 
-use anykvm_cpu::{CpuState, host_tsc};
+use anykvm_cpu::CpuState;
 
-use crate::clock::monotonic_ns;
 use crate::machine::VcpuMachine;
 use crate::msr::Access;
+use crate::time::Time;
 use crate::vcpu_requests::tsc_at;
 
 /// The ratio at which guest and host run alike.
@@ -48,9 +48,9 @@ struct Last {
 
 impl TscSync {
     /// The offset for a TSC written now; 0 means "as the others".
-    fn offset(&self, value: u64, by_user: bool, khz: u32, ratio: u64) -> u64 {
-        let now = monotonic_ns();
-        let scaled = tsc_at(host_tsc(), 0, ratio);
+    fn offset(&self, time: &Time, value: u64, by_user: bool, khz: u32, ratio: u64) -> u64 {
+        let now = time.ns();
+        let scaled = tsc_at(time.tsc(), 0, ratio);
         let mut last = self.0.lock().unwrap_or_else(|e| e.into_inner());
         let near = if value == 0 {
             true
@@ -101,10 +101,10 @@ impl VcpuMachine {
     /// A new vCPU starts on the others' count, the first at 0.
     pub fn start_tsc(&self, s: &mut CpuState) {
         self.set_tsc_khz(s, self.vm().clock().default_tsc_khz());
-        let offset = self
-            .vm()
-            .tsc_sync
-            .offset(0, false, self.tsc_khz(), s.tsc_ratio);
+        let offset =
+            self.vm()
+                .tsc_sync
+                .offset(&self.vm().time, 0, false, self.tsc_khz(), s.tsc_ratio);
         self.set_tsc(s, offset, s.tsc_ratio);
     }
 
@@ -112,12 +112,13 @@ impl VcpuMachine {
     /// IA32_TSC_ADJUST with it (SDM Vol. 3, 18.17.3).
     pub fn write_tsc(&self, s: &mut CpuState, value: u64, access: Access) {
         let offset = match access {
-            Access::Host => self
-                .vm()
-                .tsc_sync
-                .offset(value, true, self.tsc_khz(), s.tsc_ratio),
+            Access::Host => {
+                self.vm()
+                    .tsc_sync
+                    .offset(&self.vm().time, value, true, self.tsc_khz(), s.tsc_ratio)
+            }
             Access::Guest => {
-                let offset = value.wrapping_sub(tsc_at(host_tsc(), 0, s.tsc_ratio));
+                let offset = value.wrapping_sub(tsc_at(self.vm().time.tsc(), 0, s.tsc_ratio));
                 let moved = offset.wrapping_sub(s.tsc_offset);
                 s.msr.tsc_adjust = s.msr.tsc_adjust.wrapping_add(moved);
                 offset
@@ -156,11 +157,15 @@ mod tests {
     #[test]
     fn vcpus_start_on_one_count() {
         let sync = TscSync::default();
-        let first = sync.offset(0, false, 2_000_000, UNITY);
-        assert_eq!(sync.offset(0, false, 2_000_000, UNITY), first);
-        let set = sync.offset(1 << 50, true, 2_000_000, UNITY);
+        let time = &*Time::of_host();
+        let first = sync.offset(time, 0, false, 2_000_000, UNITY);
+        assert_eq!(sync.offset(time, 0, false, 2_000_000, UNITY), first);
+        let set = sync.offset(time, 1 << 50, true, 2_000_000, UNITY);
         assert_ne!(set, first);
-        assert_eq!(sync.offset((1 << 50) + 5000, true, 2_000_000, UNITY), set);
-        assert_ne!(sync.offset(1 << 40, true, 2_000_000, UNITY), set);
+        assert_eq!(
+            sync.offset(time, (1 << 50) + 5000, true, 2_000_000, UNITY),
+            set
+        );
+        assert_ne!(sync.offset(time, 1 << 40, true, 2_000_000, UNITY), set);
     }
 }

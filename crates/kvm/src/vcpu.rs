@@ -111,7 +111,11 @@ impl Vcpu {
         let kick = Arc::new(Kick::default());
         let dirty_ring = vm.dirty_ring(&fd, kick.requests())?;
         let deadline = vm.events.unconnected_deadline();
-        let requests = Arc::new(VcpuRequests::new(kick.clone(), deadline.clone()));
+        let requests = Arc::new(VcpuRequests::new(
+            kick.clone(),
+            deadline.clone(),
+            vm.time.clone(),
+        ));
         let lapic = vm.irqchip().map(|chip| {
             chip.create_lapic(
                 LapicConfig {
@@ -138,6 +142,7 @@ impl Vcpu {
             machine.clone(),
             kick.requests().clone(),
         );
+        cpu.state.host_tsc = vm.time.counted_tsc();
         machine.start_tsc(&mut cpu.state);
         // KVM makes a vCPU with its x87 unit as after FNINIT, not as after RESET (`fpstate_init_user`).
         cpu.state.xsave.set_u16(0, FNINIT_FCW);
@@ -229,7 +234,8 @@ impl Vcpu {
     /// Takes the vCPU's lock. Until it is given back, what this thread writes to guest memory is written
     /// by this vCPU.
     pub(crate) fn lock(&self) -> Loaded<'_> {
-        let core = self.core.lock().unwrap_or_else(|e| e.into_inner());
+        let mut core = self.core.lock().unwrap_or_else(|e| e.into_inner());
+        core.cpu.state.host_tsc = self.vm.time.counted_tsc();
         Loaded {
             _running: self.dirty_ring.clone().map(Running::new),
             core,

@@ -341,6 +341,18 @@ impl VcpuFd {
         Ok(self.exit())
     }
 
+    /// [`Self::run`] by count, in a VM whose time is counted ([`crate::Kvm::create_vm_with_counted_time`]; EINVAL else): at most
+    /// `turns` turns (an instruction, an iteration of a REP instruction, a fault made pending, the delivery
+    /// of an event), and not past `until_ns` on the VM's clock. When they are over it ends with EINTR, as
+    /// by a signal: with nothing half done, and a state that can be read out and put into another vCPU.
+    /// What the last exit left half done is completed first, even with 0 turns. EAGAIN for a vCPU that
+    /// waits: it is the caller's to let other vCPUs run, or time pass ([`crate::VmFd::skip_to_next_timer`]).
+    pub fn run_counted(&mut self, turns: u64, until_ns: u64) -> Result<VcpuExit<'_>> {
+        self.hand_over();
+        self.vcpu.run_counted(turns, until_ns)?;
+        Ok(self.exit())
+    }
+
     fn hand_over(&mut self) {
         let page = self.vcpu.machine().run();
         match std::mem::replace(&mut self.answer, Answer::None) {

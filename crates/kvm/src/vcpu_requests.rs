@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, O
 use anykvm_cpu::requests::{EVENT, OWNER};
 use anykvm_irqchip::VcpuEvents;
 
-use crate::clock::{self, HostTsc, monotonic_ns};
 use crate::event_thread::Deadline;
 use crate::kick::Kick;
+use crate::time::Time;
 
 /// An INIT arrived (`KVM_APIC_INIT`).
 pub(crate) const INIT: u32 = 1 << 0;
@@ -46,11 +46,11 @@ pub(crate) struct VcpuRequests {
     /// The guest TSC's relation to the host's, as in the processor's state, for other threads.
     tsc_offset: AtomicU64,
     tsc_ratio: AtomicU64,
-    host_tsc: HostTsc,
+    time: Arc<Time>,
 }
 
 impl VcpuRequests {
-    pub fn new(kick: Arc<Kick>, deadline: Arc<Deadline>) -> Self {
+    pub fn new(kick: Arc<Kick>, deadline: Arc<Deadline>, time: Arc<Time>) -> Self {
         Self {
             kick,
             nmis: AtomicU32::new(0),
@@ -64,7 +64,7 @@ impl VcpuRequests {
             deadline,
             tsc_offset: AtomicU64::new(0),
             tsc_ratio: AtomicU64::new(1 << 48),
-            host_tsc: clock::host(),
+            time,
         }
     }
 
@@ -177,23 +177,25 @@ impl VcpuEvents for VcpuRequests {
         self.deadline.set(deadline);
     }
     fn now_ns(&self) -> u64 {
-        monotonic_ns()
+        self.time.ns()
     }
     fn tsc_to_ns(&self, guest_tsc: u64) -> u64 {
         let ratio = self.tsc_ratio.load(Ordering::SeqCst).max(1);
         let now = tsc_at(
-            anykvm_cpu::host_tsc(),
+            self.time.tsc(),
             self.tsc_offset.load(Ordering::SeqCst),
             ratio,
         );
         let left = guest_tsc.wrapping_sub(now) as i64;
         if left <= 0 {
-            return monotonic_ns();
+            return self.time.ns();
         }
         // Guest cycles to host cycles to nanoseconds.
         let host = ((left as u128) << 48) / u128::from(ratio);
-        let ns = host * 1_000_000 / u128::from(self.host_tsc.khz.max(1));
-        monotonic_ns().saturating_add(u64::try_from(ns).unwrap_or(u64::MAX / 2))
+        let ns = host * 1_000_000 / u128::from(self.time.host_tsc().khz.max(1));
+        self.time
+            .ns()
+            .saturating_add(u64::try_from(ns).unwrap_or(u64::MAX / 2))
     }
 }
 

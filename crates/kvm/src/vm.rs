@@ -25,6 +25,7 @@ use crate::memory::SlotTable;
 use crate::msr_filter::MsrFilter;
 use crate::object::memfd;
 use crate::stats::{StatsFile, VM_STATISTICS, VmStat};
+use crate::time::{CountedTime, Time};
 use crate::translation::{self, Translation, TranslationMode};
 use crate::vcpu::Vcpu;
 use crate::xen::XenHvm;
@@ -44,6 +45,7 @@ pub struct Vm {
     fd: OwnedFd,
     /// Guest RAM, shared with the processors.
     pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) time: Arc<Time>,
     pub(crate) clock: Clock,
     pub(crate) clock_pages: ClockPages,
     /// The last TSC written, which the vCPUs share.
@@ -120,24 +122,26 @@ impl Vcpus {
 }
 
 impl Vm {
-    /// KVM_CREATE_VM.
-    pub(crate) fn new() -> Result<Arc<Self>> {
+    /// KVM_CREATE_VM, with time of the host's or counted.
+    pub(crate) fn new(counted: Option<CountedTime>) -> Result<Arc<Self>> {
         // Before the VMM's seccomp filters, which may forbid executable mappings.
         anykvm_cpu::assist::prepare();
         let translation = Translation::from_env().map_err(|e| {
             translation::say_once(&e);
             Errno::EINVAL
         })?;
+        let time = Time::new(counted);
         let id = format!("kvm-{}", std::process::id());
         let stats = StatsFile::new(&id, VM_STATISTICS)?;
         let coalesced_ring = memfd("kvm-coalesced", PAGE as u64)?;
         Ok(Arc::new(Self {
             fd: memfd("kvm-vm", 0)?,
             memory: Arc::new(GuestMemory::new()),
-            clock: Clock::new(),
+            clock: Clock::new(time.clone()),
             clock_pages: ClockPages::default(),
             tsc_sync: Default::default(),
-            events: EventThread::start(stats.clone())?,
+            events: EventThread::start(stats.clone(), time.clone())?,
+            time,
             stats,
             translation: Mutex::new(translation.into()),
             enabled: EnabledCapabilities::default(),

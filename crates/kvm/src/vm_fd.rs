@@ -412,6 +412,18 @@ impl VmFd {
         self.vm.create_vcpu(id).map(VcpuFd::from)
     }
 
+    /// The VM's clock in nanoseconds, if its time is counted
+    /// ([`crate::Kvm::create_vm_with_counted_time`]).
+    pub fn counted_ns(&self) -> Option<u64> {
+        self.vm.counted_ns()
+    }
+
+    /// For a VM with counted time whose vCPUs all wait: lets time pass until the next timer goes off. False
+    /// if none runs.
+    pub fn skip_to_next_timer(&self) -> bool {
+        self.vm.skip_to_next_timer()
+    }
+
     /// Sets how guest code is run, which the environment has said first (`ANYKVM_JIT`,
     /// `ANYKVM_JIT_CACHE`, `ANYKVM_JIT_REPORT`). Before the first vCPU: later it fails with EBUSY. EINVAL for a code cache
     /// that is too small or too large.

@@ -296,8 +296,9 @@ fn repeated<O: Operation, T: Alu, const REP: u8>(cpu: &mut Cpu, insn: &Insn) -> 
         if left == 0 {
             return Ok(());
         }
-        // While single-stepping each element is an instruction.
-        let fast = if cpu.stepping {
+        // While single-stepping each element is an instruction; and where time is counted, how many
+        // elements are done at once must not depend on what the TLB holds.
+        let fast = if cpu.stepping || cpu.counted.running {
             None
         } else {
             O::chunk::<T>(cpu, insn, left, until)
