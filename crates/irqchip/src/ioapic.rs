@@ -325,14 +325,15 @@ impl Ioapic {
         }
     }
 
-    /// KVM_GET_IRQCHIP.
+    /// KVM_GET_IRQCHIP. The padding holds the inputs that are up and whose edge has been delivered, which
+    /// KVM leaves out: there, one that is said to be up once more is a new edge.
     pub fn state(&self) -> kvm_ioapic_state {
         kvm_ioapic_state {
             base_address: self.base_address,
             ioregsel: self.ioregsel,
             id: self.id,
             irr: self.irr & !self.irr_delivered,
-            pad: 0,
+            pad: self.irr & self.irr_delivered,
             redirtbl: self
                 .redirtbl
                 .map(|entry| kvm_ioapic_state__bindgen_ty_1 { bits: entry.0 }),
@@ -345,8 +346,11 @@ impl Ioapic {
         self.ioregsel = state.ioregsel & 0xff;
         self.id = state.id;
         self.redirtbl = ioapic_redirtbl(state).map(Redirection);
-        self.irr = 0;
-        self.irr_delivered = 0;
+        let edges = self.redirtbl.iter().enumerate();
+        let edges = edges.filter(|(_, entry)| !entry.level_triggered());
+        let edges = edges.fold(0, |set, (pin, _)| set | 1 << pin);
+        self.irr = state.pad & !state.irr & edges;
+        self.irr_delivered = self.irr;
         self.rtc.pending.clear();
         for pin in (0..PINS).filter(|pin| state.irr & 1 << pin != 0) {
             self.set_input(bus, pin, true, true);

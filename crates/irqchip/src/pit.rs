@@ -5,8 +5,11 @@
 //! Counters are not stepped: each remembers when it was loaded, and what it reads as follows from the
 //! time since.
 
+mod carried;
 #[cfg(test)]
 mod tests;
+
+use carried::Carried;
 
 use anykvm_abi::{
     KVM_PIT_FLAGS_HPET_LEGACY, KVM_PIT_FLAGS_SPEAKER_DATA_ON, kvm_pit_channel_state, kvm_pit_state2,
@@ -358,8 +361,13 @@ impl Pit {
             | refresh << 4
     }
 
-    /// KVM_GET_PIT2.
+    /// KVM_GET_PIT2. What KVM's structure has no field for is in its padding ([`Carried`]).
     pub fn state(&self) -> kvm_pit_state2 {
+        let carried = Carried {
+            timer: self.timer,
+            pending: self.pending,
+            acked: self.acked,
+        };
         let mut state = kvm_pit_state2 {
             channels: self.channels,
             flags: self.flags,
@@ -368,6 +376,9 @@ impl Pit {
         if self.timer.armed {
             let began = self.timer.expires.saturating_sub(self.timer.period);
             state.channels[0].count_load_time = began as i64;
+        }
+        if state.channels[0].mode != MODE_NONE {
+            state.reserved = carried.words(&state.channels[0]);
         }
         state
     }
@@ -392,6 +403,19 @@ impl Pit {
             if channel == 0 {
                 if becomes_legacy {
                     self.timer.armed = false;
+                } else if let Some(carried) =
+                    Carried::from_words(&state.reserved, &state.channels[0])
+                {
+                    self.timer = carried.timer;
+                    self.pending = carried.pending;
+                    self.acked = carried.acked;
+                    if self.timer.armed {
+                        self.timer.expires = now.saturating_add(self.timer.period);
+                        self.resume_timer(loaded, now);
+                    } else {
+                        let loaded = loaded.unwrap_or(now);
+                        self.timer.expires = loaded.saturating_add(self.timer.period);
+                    }
                 } else {
                     self.start_timer(now);
                     self.resume_timer(loaded, now);

@@ -3,13 +3,21 @@
 use anykvm_abi::kvm_lapic_state;
 
 use super::registers::offset;
+use super::timer::TimeLeft;
 use super::{Lapic, x2apic_ldr};
 use crate::Error;
 
-/// Beside the current-count register, where the page has no register: 1 if the timer is a one-shot
-/// whose interrupt has been delivered. KVM writes 0, and takes a current count of 0 for an interrupt
-/// that is still to come; so does who writes only the initial count.
-const EXPIRED: u32 = offset::TIMER_CURRENT_COUNT + 4;
+/// Beside the current-count register, where the page has no register, is what that does not tell: flags,
+/// and nanoseconds until the timer goes off. KVM writes 0 there, and takes a current count of 0 for an
+/// interrupt that is still to come; so does who writes only the initial count. The nanoseconds are the
+/// count's with what is left over it: without that each restoring would bring the interrupt nearer.
+const FLAGS: u32 = offset::TIMER_CURRENT_COUNT + 4;
+const LEFT_LOW: u32 = offset::TIMER_CURRENT_COUNT + 8;
+const LEFT_HIGH: u32 = offset::TIMER_CURRENT_COUNT + 12;
+/// The timer has run out and does not run.
+const STOPPED: u32 = 1;
+/// Its period is the least there is, not the initial count's.
+const BOUNDED: u32 = 2;
 
 impl Lapic {
     /// KVM_GET_LAPIC.
@@ -20,9 +28,13 @@ impl Lapic {
         for register in (0..0x400).step_by(16) {
             put(&mut state, register, self.regs.get(register));
         }
-        let current = self.timer_current_count();
-        put(&mut state, offset::TIMER_CURRENT_COUNT, current);
-        put(&mut state, EXPIRED, u32::from(self.one_shot_expired()));
+        let left = self.timer_left();
+        put(&mut state, offset::TIMER_CURRENT_COUNT, left.count);
+        let flag = |on, bit| if on { bit } else { 0 };
+        let flags = flag(left.stopped, STOPPED) | flag(left.bounded, BOUNDED);
+        put(&mut state, FLAGS, flags);
+        put(&mut state, LEFT_LOW, left.ns as u32);
+        put(&mut state, LEFT_HIGH, (left.ns >> 32) as u32);
         if self.x2apic_mode() && !self.ids_32bit() {
             put(&mut state, offset::ID, self.apic_id() << 24);
         }
@@ -44,10 +56,12 @@ impl Lapic {
         }
         self.set_version();
         self.update_ppr();
-        self.restore_timer(
-            get(state, offset::TIMER_CURRENT_COUNT),
-            get(state, EXPIRED) != 0,
-        );
+        self.restore_timer(TimeLeft {
+            count: get(state, offset::TIMER_CURRENT_COUNT),
+            ns: u64::from(get(state, LEFT_LOW)) | u64::from(get(state, LEFT_HIGH)) << 32,
+            stopped: get(state, FLAGS) & STOPPED != 0,
+            bounded: get(state, FLAGS) & BOUNDED != 0,
+        });
         self.regs.set(offset::TIMER_CURRENT_COUNT, 0);
         self.map_changed();
         if let Some(chip) = self.chip.upgrade() {

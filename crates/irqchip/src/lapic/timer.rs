@@ -84,17 +84,35 @@ impl TimerState {
         }
     }
 
-    fn current_count(&self, initial: u32, now: u64) -> u32 {
+    /// Nanoseconds until the timer goes off.
+    fn left_ns(&self, initial: u32, now: u64) -> u64 {
         if !self.mode.counts() || initial == 0 || self.period == 0 {
             return 0;
         }
-        let remaining = self.target.saturating_sub(now);
-        let in_period = match remaining % self.period {
-            0 if remaining != 0 => self.period,
-            rest => rest,
+        self.target.saturating_sub(now)
+    }
+
+    /// The current count with so much time left.
+    fn count(&self, left_ns: u64) -> u32 {
+        let in_period = match left_ns.checked_rem(self.period) {
+            Some(0) if left_ns != 0 => self.period,
+            rest => rest.unwrap_or(0),
         };
         u32::try_from(in_period / u64::from(self.divide.max(1))).unwrap_or(u32::MAX)
     }
+}
+
+/// How far a timer that counts has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct TimeLeft {
+    /// The current-count register.
+    pub count: u32,
+    /// Nanoseconds until it goes off.
+    pub ns: u64,
+    /// It has run out and does not run.
+    pub stopped: bool,
+    /// Its period is [`MIN_PERIOD_NS`], more than the initial count's.
+    pub bounded: bool,
 }
 
 /// The timer of one local APIC.
@@ -218,9 +236,20 @@ impl Lapic {
     }
 
     pub(super) fn timer_current_count(&self) -> u32 {
+        self.timer_left().count
+    }
+
+    pub(super) fn timer_left(&self) -> TimeLeft {
         let initial = self.regs.get(offset::TIMER_INITIAL_COUNT);
         let timer = self.lock_timer();
-        timer.state.current_count(initial, self.events.now_ns())
+        let state = &timer.state;
+        let ns = state.left_ns(initial, self.events.now_ns());
+        TimeLeft {
+            count: state.count(ns),
+            ns,
+            stopped: state.mode.counts() && state.period != 0 && state.armed.is_none(),
+            bounded: state.period > bus_ns(initial, state.divide),
+        }
     }
 
     /// The LVT timer register or its writable bits changed.
@@ -282,10 +311,9 @@ impl Lapic {
         timer.finish(self, false);
     }
 
-    /// Sets the timer up from the registers just restored. `current` is the current-count register:
-    /// where the count goes on from. A count of 0 is a timer that is due at once (or, periodic, starts
-    /// over) unless `expired` says that its interrupt has been delivered already.
-    pub(super) fn restore_timer(&self, current: u32, expired: bool) {
+    /// Sets the timer up from the registers just restored, to go on from where it was. A count of 0 is a
+    /// timer that is due at once (or, periodic, starts over) unless it is stopped.
+    pub(super) fn restore_timer(&self, left: TimeLeft) {
         let mode = TimerMode::from_lvt(self.regs.get(offset::LVT_TIMER) & self.timer_mode_mask());
         let mut timer = self.lock_timer();
         let deadline_kept = timer.state.mode == mode && mode == TimerMode::TscDeadline;
@@ -311,11 +339,15 @@ impl Lapic {
             fire = arm_tsc_deadline(&mut state, self.events.as_ref());
         } else if mode.counts() && state.period != 0 {
             state.bound_period();
-            let remaining = match bus_ns(current, divide) {
-                0 if mode == TimerMode::Periodic => state.period,
+            if left.bounded {
+                state.period = state.period.max(MIN_PERIOD_NS);
+            }
+            let remaining = match bus_ns(left.count, divide) {
+                _ if left.ns != 0 && state.count(left.ns) == left.count => left.ns,
+                0 if mode == TimerMode::Periodic && !left.stopped => state.period,
                 remaining => remaining.min(state.period),
             };
-            if !(expired && remaining == 0) {
+            if !(left.stopped && remaining == 0) {
                 state.target = self.events.now_ns().saturating_add(remaining);
                 state.armed = Some(state.target);
             }
@@ -332,14 +364,6 @@ impl Lapic {
             ..TimerState::default()
         };
         timer.finish(self, false);
-    }
-
-    /// Whether the timer is a one-shot that has run out.
-    pub(super) fn one_shot_expired(&self) -> bool {
-        let timer = self.lock_timer();
-        timer.state.mode == TimerMode::OneShot
-            && timer.state.period != 0
-            && timer.state.armed.is_none()
     }
 }
 

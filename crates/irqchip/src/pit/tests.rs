@@ -235,6 +235,44 @@ fn a_one_shot_keeps_what_remains() {
     assert!(pit.deadline().unwrap() > after(50_000));
 }
 
+/// What KVM's structure has no field for is in its padding.
+#[test]
+fn what_has_no_field_is_carried() {
+    // A one-shot that has gone off does not do so again.
+    let mut pit = pit();
+    program(&mut pit, 0, 0, 1000);
+    assert!(pit.timer_expired(after(1001)));
+    let mut copy = Pit::new(true, START);
+    copy.set_state(&pit.state(), after(2000));
+    assert_eq!(copy.deadline(), None);
+    // The tick is still to be acknowledged.
+    assert!(!copy.may_inject());
+    // A control word without its count does not change what runs.
+    program(&mut pit, 0, 2, 11932);
+    pit.write(0x43, 0x30, after(3000));
+    copy.set_state(&pit.state(), after(3000));
+    assert_eq!(copy.deadline(), pit.deadline());
+    assert!(copy.timer.periodic);
+    // Missed ticks.
+    let late = after(11932 * 4);
+    pit.timer_expired(late);
+    copy.set_state(&pit.state(), late);
+    assert_eq!((copy.pending, copy.acked), (pit.pending, pit.acked));
+    assert!(copy.pending > 1);
+}
+
+#[test]
+fn the_padding_counts_only_beside_its_own_channel() {
+    let mut pit = pit();
+    assert_eq!(pit.state().reserved, [0; 9]);
+    program(&mut pit, 0, 0, 1000);
+    pit.timer_expired(after(1001));
+    let mut state = pit.state();
+    state.channels[0].count = 2000;
+    pit.set_state(&state, START);
+    assert!(pit.deadline().is_some());
+}
+
 #[test]
 fn hpet_legacy_mode_takes_the_interrupt_away() {
     let mut pit = pit();

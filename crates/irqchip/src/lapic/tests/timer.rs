@@ -202,6 +202,57 @@ fn a_timer_that_has_run_out_does_so_once() {
     assert_eq!(pass(&vm, 0), [0x41]);
 }
 
+/// What the current count does not tell goes with it: less than one count, whole periods of a one-shot
+/// whose divisor was changed under way, and a timer that stands.
+#[test]
+fn a_restored_timer_goes_off_at_the_same_nanosecond() {
+    let vm = vm(ONE_SHOT);
+    vm.write(0, DIVIDE, 3); // 16
+    vm.write(0, INITIAL, 1000);
+    pass(&vm, 4001);
+    let copy = restored(&vm);
+    assert_eq!(pass(&copy, 11_998), []);
+    assert_eq!(pass(&copy, 1), [0x41]);
+
+    let vm = vm_with_long_one_shot();
+    let (count, copy) = (vm.read(0, CURRENT), restored(&vm));
+    assert_eq!(copy.read(0, CURRENT), count);
+    let deadline = vm.lapics[0].next_deadline();
+    assert_eq!(copy.lapics[0].next_deadline(), deadline);
+
+    let vm = self::vm(ONE_SHOT);
+    vm.write(0, INITIAL, 1000);
+    assert_eq!(pass(&vm, 1000), [0x41]);
+    vm.write(0, 0x320, PERIODIC | 0x41);
+    let copy = restored(&vm);
+    assert_eq!(copy.lapics[0].next_deadline(), None);
+}
+
+/// Periodic at the least period, then a one-shot, then at another rate.
+fn vm_with_long_one_shot() -> TestVm {
+    let vm = vm(PERIODIC);
+    vm.write(0, INITIAL, 30_000);
+    vm.write(0, 0x320, ONE_SHOT | 0x41);
+    pass(&vm, 10_000);
+    vm.write(0, DIVIDE, 1); // 4
+    vm
+}
+
+/// A current count that the VMM has changed is believed.
+#[test]
+fn a_changed_current_count_counts() {
+    let vm = vm(ONE_SHOT);
+    vm.write(0, INITIAL, 100_000);
+    pass(&vm, 1000);
+    let mut state = vm.lapics[0].state();
+    for (to, byte) in state.regs[0x390..].iter_mut().zip(5000u32.to_le_bytes()) {
+        *to = byte as _;
+    }
+    vm.lapics[0].set_state(&state).unwrap();
+    assert_eq!(pass(&vm, 4999), []);
+    assert_eq!(pass(&vm, 1), [0x41]);
+}
+
 #[test]
 fn any_state_is_survived() {
     let vm = TestVm::new(1);
