@@ -1,9 +1,10 @@
-//! The project's chores: `cargo xtask demo | test | stress | migrate | selftests | kvm-ioctls | bench | diff | fuzz |
-//! docs | golden`.
+//! The project's chores: `cargo xtask demo | test | stress | migrate | selftests | kvm-ioctls | bench | diff |
+//! boundary | fuzz | docs | golden`.
 
 #![forbid(unsafe_code)]
 
 mod bench;
+mod boundary;
 mod build;
 mod crate_tests;
 mod demo;
@@ -48,6 +49,8 @@ enum Task {
     Bench(bench::BenchArgs),
     /// Compare random instructions with the host's processor
     Diff(diff::DiffArgs),
+    /// Save guest programs' state at every boundary and go on in a new VM
+    Boundary(boundary::BoundaryArgs),
     /// Look for guests that the processor cannot stand
     #[command(subcommand)]
     Fuzz(fuzz::FuzzTask),
@@ -80,6 +83,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Selftests(args) => selftests::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Diff(args) => diff::run(&args),
+        Task::Boundary(args) => boundary::run(&args),
         Task::Fuzz(task) => fuzz::run(&task),
         Task::Docs => build::docs(),
         Task::Golden => build::golden(),

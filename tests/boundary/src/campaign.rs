@@ -1,0 +1,77 @@
+//! Many programs, moved many times.
+
+use crate::{programs, run};
+use anyhow::{Result, bail};
+use anykvm::{Kvm, TranslationMode};
+use anykvm_differential::random::Random;
+use std::time::Instant;
+
+/// What to run.
+pub struct Campaign {
+    /// How many moves.
+    pub points: u64,
+    /// Another seed gives other programs.
+    pub seed: u64,
+    /// How guest code is run.
+    pub engine: TranslationMode,
+    /// Only families whose names contain this.
+    pub filter: Option<String>,
+    /// Stop after so many failures.
+    pub failures: u64,
+}
+
+/// What came of it.
+#[derive(Default)]
+pub struct Summary {
+    /// Programs that ran.
+    pub programs: u64,
+    /// Moves.
+    pub points: u64,
+    /// Programs that were not the same, with the first difference.
+    pub failures: Vec<String>,
+}
+
+/// Makes programs of all families in turn until there were enough moves. Every fourth program of a family is
+/// moved after each turn, the others now and then.
+pub fn run(campaign: &Campaign) -> Result<Summary> {
+    let kvm = Kvm::new()?;
+    let wanted = |name: &str| campaign.filter.as_ref().is_none_or(|f| name.contains(f));
+    let families: Vec<_> = programs::FAMILIES
+        .iter()
+        .filter(|f| wanted(f.name))
+        .collect();
+    if families.is_empty() {
+        bail!("no program has that name");
+    }
+    let mut done = Summary::default();
+    let (start, mut told) = (Instant::now(), 0);
+    for round in 0.. {
+        for family in &families {
+            let seed = campaign.seed.wrapping_mul(1_000_000).wrapping_add(round);
+            let program = (family.make)(&kvm, campaign.engine, &mut Random::new(seed, 0))?;
+            let mut random = Random::new(seed, 1);
+            let most = if round % 4 == 0 {
+                1
+            } else {
+                1 << random.below(8)
+            };
+            done.programs += 1;
+            match run::check(&kvm, &program, || 1 + random.below(most)) {
+                Ok(moves) => done.points += moves,
+                Err(error) => done
+                    .failures
+                    .push(format!("{} {seed}: {error:#}", family.name)),
+            }
+            let seconds = start.elapsed().as_secs();
+            if seconds >= told + 30 {
+                told = seconds;
+                let failures = done.failures.len();
+                eprintln!("{seconds} s: {} moves, {failures} failures", done.points);
+            }
+            if done.points >= campaign.points || done.failures.len() as u64 >= campaign.failures {
+                return Ok(done);
+            }
+        }
+    }
+    Ok(done)
+}

@@ -1,0 +1,271 @@
+//! Everything a VMM can read of a VM and write into another: what migration and snapshots carry.
+
+use crate::machine::Machine;
+use crate::ram::PAGE;
+use anyhow::{Context, Result, ensure};
+use anykvm::bindings::{
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, Plain,
+    kvm_clock_data, kvm_debugregs, kvm_fpu, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use anykvm::{Kvm, VcpuFd};
+use std::sync::OnceLock;
+
+/// IA32_TSC_DEADLINE, which needs the APIC timer's mode first.
+const TSC_DEADLINE: u32 = 0x6e0;
+
+/// One vCPU's state.
+pub struct SavedVcpu {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs2,
+    fpu: kvm_fpu,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    msrs: Vec<kvm_msr_entry>,
+    debugregs: kvm_debugregs,
+    events: kvm_vcpu_events,
+    lapic: Option<kvm_lapic_state>,
+    cpuid: CpuId,
+    tsc_khz: u32,
+    tsc_offset: u64,
+}
+
+/// A VM's state.
+pub struct Saved {
+    vcpus: Vec<SavedVcpu>,
+    irqchips: Vec<kvm_irqchip>,
+    pit: Option<kvm_pit_state2>,
+    clock: kvm_clock_data,
+    /// The pages that are not all zero.
+    memory: Vec<(usize, Box<[u8; PAGE]>)>,
+}
+
+fn msr_indices() -> &'static [u32] {
+    static LIST: OnceLock<Vec<u32>> = OnceLock::new();
+    LIST.get_or_init(|| {
+        let list = Kvm::new().and_then(|kvm| kvm.get_msr_index_list());
+        list.map(|l| l.as_slice().to_vec()).unwrap_or_default()
+    })
+}
+
+impl SavedVcpu {
+    fn read(vcpu: &VcpuFd, lapic: bool) -> Result<Self> {
+        // First, as it may start a processor that has received its SIPI.
+        let mp_state = vcpu.get_mp_state()?;
+        let entries: Vec<_> = msr_indices()
+            .iter()
+            .map(|index| kvm_msr_entry {
+                index: *index,
+                ..Default::default()
+            })
+            .collect();
+        let mut msrs = Msrs::from_entries(&entries).context("MSRs")?;
+        let read = vcpu.get_msrs(&mut msrs)?;
+        ensure!(
+            read == entries.len(),
+            "MSR {:#x} is in the index list and cannot be read",
+            entries[read].index
+        );
+        Ok(Self {
+            mp_state,
+            regs: vcpu.get_regs()?,
+            sregs: vcpu.get_sregs2()?,
+            fpu: vcpu.get_fpu()?,
+            xsave: vcpu.get_xsave()?,
+            xcrs: vcpu.get_xcrs()?,
+            msrs: msrs.as_slice().to_vec(),
+            debugregs: vcpu.get_debug_regs()?,
+            events: vcpu.get_vcpu_events()?,
+            lapic: lapic.then(|| vcpu.get_lapic()).transpose()?,
+            cpuid: vcpu.get_cpuid2(256)?,
+            tsc_khz: vcpu.get_tsc_khz()?,
+            tsc_offset: vcpu.vcpu().tsc_offset(),
+        })
+    }
+
+    fn write(&self, vcpu: &VcpuFd) -> Result<()> {
+        vcpu.set_cpuid2(&self.cpuid).context("CPUID2")?;
+        vcpu.set_tsc_khz(self.tsc_khz).context("TSC_KHZ")?;
+        vcpu.set_regs(&self.regs).context("REGS")?;
+        vcpu.set_xcrs(&self.xcrs).context("XCRS")?;
+        vcpu.set_xsave(&self.xsave).context("XSAVE")?;
+        vcpu.set_sregs2(&self.sregs).context("SREGS2")?;
+        self.write_msrs(vcpu, |index| index != TSC_DEADLINE)?;
+        vcpu.vcpu()
+            .set_tsc_offset(self.tsc_offset)
+            .context("TSC offset")?;
+        vcpu.set_mp_state(self.mp_state).context("MP_STATE")?;
+        if let Some(lapic) = &self.lapic {
+            vcpu.set_lapic(lapic).context("LAPIC")?;
+        }
+        self.write_msrs(vcpu, |index| index == TSC_DEADLINE)?;
+        vcpu.set_debug_regs(&self.debugregs).context("DEBUGREGS")?;
+        vcpu.set_vcpu_events(&self.events).context("VCPU_EVENTS")
+    }
+
+    fn write_msrs(&self, vcpu: &VcpuFd, wanted: impl Fn(u32) -> bool) -> Result<()> {
+        let chosen: Vec<_> = self
+            .msrs
+            .iter()
+            .filter(|e| wanted(e.index))
+            .copied()
+            .collect();
+        let msrs = Msrs::from_entries(&chosen).context("MSRs")?;
+        let written = vcpu.set_msrs(&msrs)?;
+        ensure!(
+            written == chosen.len(),
+            "MSR {:#x} was read and its value {:#x} is refused",
+            chosen[written].index,
+            chosen[written].data
+        );
+        Ok(())
+    }
+
+    /// What is different, by name.
+    fn difference(&self, other: &Self) -> Option<String> {
+        macro_rules! compare {
+            ($($field:ident),*) => {
+                $(if self.$field.as_bytes() != other.$field.as_bytes() {
+                    return Some(format!(
+                        "{}:\n  {:x?}\n  {:x?}",
+                        stringify!($field), self.$field, other.$field
+                    ));
+                })*
+            };
+        }
+        compare!(regs, sregs, events, debugregs, mp_state, xcrs, fpu);
+        for (a, b) in self.msrs.iter().zip(&other.msrs) {
+            if a.data != b.data {
+                return Some(format!("MSR {:#x}: {:#x} {:#x}", a.index, a.data, b.data));
+            }
+        }
+        if let Some(n) = differing(self.xsave.region.as_bytes(), other.xsave.region.as_bytes()) {
+            return Some(format!("XSAVE at {n:#x}"));
+        }
+        if let (Some(a), Some(b)) = (&self.lapic, &other.lapic)
+            && let Some(n) = differing(a.as_bytes(), b.as_bytes())
+        {
+            let word = |s: &kvm_lapic_state| u32::from_bytes(&s.as_bytes()[n & !3..(n & !3) + 4]);
+            return Some(format!("LAPIC at {n:#x}: {:x?} {:x?}", word(a), word(b)));
+        }
+        if self.cpuid.as_slice() != other.cpuid.as_slice() {
+            return Some("CPUID".to_owned());
+        }
+        if (self.tsc_khz, self.tsc_offset) != (other.tsc_khz, other.tsc_offset) {
+            return Some("TSC".to_owned());
+        }
+        None
+    }
+}
+
+fn differing(a: &[u8], b: &[u8]) -> Option<usize> {
+    if a == b {
+        return None;
+    }
+    a.iter().zip(b).position(|(a, b)| a != b)
+}
+
+impl Saved {
+    /// Reads everything.
+    pub fn read(machine: &Machine) -> Result<Self> {
+        let chip = machine.setup.chip;
+        let vcpus = machine
+            .vcpus
+            .iter()
+            .map(|vcpu| SavedVcpu::read(vcpu, chip.has_lapic()))
+            .collect::<Result<_>>()?;
+        let mut irqchips = Vec::new();
+        let mut pit = None;
+        if chip.is_full() {
+            for id in [
+                KVM_IRQCHIP_PIC_MASTER,
+                KVM_IRQCHIP_PIC_SLAVE,
+                KVM_IRQCHIP_IOAPIC,
+            ] {
+                let mut one = kvm_irqchip {
+                    chip_id: id,
+                    ..Plain::zeroed()
+                };
+                machine.vm.get_irqchip(&mut one)?;
+                irqchips.push(one);
+            }
+            pit = Some(machine.vm.get_pit2()?);
+        }
+        Ok(Self {
+            vcpus,
+            irqchips,
+            pit,
+            clock: machine.vm.get_clock()?,
+            memory: machine.ram.pages(),
+        })
+    }
+
+    /// Writes everything into a new VM.
+    pub fn write(&self, machine: &Machine) -> Result<()> {
+        for (at, page) in &self.memory {
+            machine.ram.write(*at, &**page);
+        }
+        let mut clock = self.clock;
+        clock.flags = 0;
+        machine.vm.set_clock(&clock).context("CLOCK")?;
+        for chip in &self.irqchips {
+            machine.vm.set_irqchip(chip).context("IRQCHIP")?;
+        }
+        if let Some(pit) = &self.pit {
+            machine.vm.set_pit2(pit).context("PIT2")?;
+        }
+        for (n, (saved, vcpu)) in self.vcpus.iter().zip(&machine.vcpus).enumerate() {
+            saved
+                .write(vcpu)
+                .with_context(|| format!("KVM_SET of vCPU {n}"))?;
+        }
+        Ok(())
+    }
+
+    /// The first thing that is different, readable.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        for (n, (a, b)) in self.vcpus.iter().zip(&other.vcpus).enumerate() {
+            if let Some(what) = a.difference(b) {
+                return Some(format!("vCPU {n}: {what}"));
+            }
+        }
+        for (a, b) in self.irqchips.iter().zip(&other.irqchips) {
+            if let Some(at) = differing(a.as_bytes(), b.as_bytes()) {
+                let id = a.chip_id;
+                let (a, b) = (a.as_bytes()[at], b.as_bytes()[at]);
+                return Some(format!("IRQCHIP {id} at {at:#x}: {a:#x} {b:#x}"));
+            }
+        }
+        if let (Some(a), Some(b)) = (&self.pit, &other.pit)
+            && a.as_bytes() != b.as_bytes()
+        {
+            return Some(format!("PIT:\n  {a:x?}\n  {b:x?}"));
+        }
+        if self.clock.clock != other.clock.clock {
+            return Some(format!("CLOCK: {} {}", self.clock.clock, other.clock.clock));
+        }
+        self.memory_difference(other)
+    }
+
+    fn memory_difference(&self, other: &Self) -> Option<String> {
+        let page = |saved: &Self, at| {
+            let n = saved.memory.binary_search_by_key(&at, |(at, _)| *at);
+            n.map_or([0; PAGE], |n| *saved.memory[n].1)
+        };
+        for (at, _) in self.memory.iter().chain(&other.memory) {
+            let (a, b) = (page(self, *at), page(other, *at));
+            if let Some(n) = differing(&a, &b) {
+                let n = n & !7;
+                let word = |p: &[u8; PAGE]| u64::from_bytes(&p[n..n + 8]).unwrap_or_default();
+                return Some(format!(
+                    "memory at {:#x}: {:#x} {:#x}",
+                    at + n,
+                    word(&a),
+                    word(&b)
+                ));
+            }
+        }
+        None
+    }
+}
