@@ -207,6 +207,15 @@ impl Cpu {
         self.tlb.flush_l1();
     }
 
+    /// For guest memory that is accessed outside of [`Cpu::run`], but not by the TLB: uses the memory map of
+    /// now, which nobody replaces meanwhile.
+    pub fn with_memory<R>(&mut self, access: impl FnOnce(&mut Self) -> R) -> R {
+        let memory = self.memory.clone();
+        let _access = memory.access();
+        self.map = memory.map(usize::from(self.state.events.smm));
+        access(self)
+    }
+
     /// CR0, CR3, CR4, EFER, SMM or protection keys changed in a way that the TLB must not survive.
     pub(crate) fn reload_address_space(&mut self) {
         let space = usize::from(self.state.events.smm);

@@ -88,6 +88,9 @@ impl Cpu {
 
     /// Finishes what the last exit left half done.
     pub(crate) fn complete_io(&mut self) -> Step {
+        // The instruction accesses memory: not by what others have asked to drop while this processor was
+        // outside.
+        self.serve_drops();
         self.replay()?;
         match self.next_write() {
             Some(exit) => Err(exit),
@@ -95,7 +98,8 @@ impl Cpu {
         }
     }
 
-    pub(crate) fn serve_requests(&mut self) -> Step {
+    /// Drops the parts of the TLB, and the memory map, that others have asked to drop.
+    fn serve_drops(&mut self) {
         let pending = self.requests.pending();
         if pending & (requests::TLB_FLUSH | requests::MEMSLOTS) != 0 {
             let epoch = self.memory.epoch();
@@ -110,6 +114,11 @@ impl Cpu {
             self.tlb.flush_l1();
             self.participant.acknowledge(epoch);
         }
+    }
+
+    pub(crate) fn serve_requests(&mut self) -> Step {
+        self.serve_drops();
+        let pending = self.requests.pending();
         if pending & requests::EVENT != 0 {
             self.requests.take(requests::EVENT);
             self.machine.clone().collect_events(&mut self.state);

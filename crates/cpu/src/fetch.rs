@@ -37,7 +37,7 @@ impl Cpu {
         let offset = (linear % PAGE) as usize;
         let host = page.0 + offset as u64;
         let id = match self.blocks.find(host, self.mode) {
-            Some(id) if self.check_block(id, page, offset) => id,
+            Some(id) if self.check_block(id, page, offset)? => id,
             found => match self.build_block(page, offset)? {
                 Some(block) => {
                     self.counters.decoded += 1;
@@ -93,31 +93,49 @@ impl Cpu {
     }
 
     /// Whether a block's bytes are still in memory.
-    fn check_block(&mut self, id: BlockId, page: HostPage, offset: usize) -> bool {
+    fn check_block(&mut self, id: BlockId, page: HostPage, offset: usize) -> Result<bool, Stop> {
         let Some(len) = self.blocks.get(id).map(|block| block.bytes.len()) else {
-            return false;
+            return Ok(false);
         };
-        self.mark_code(page, offset, len);
-        self.blocks
-            .get(id)
-            .is_some_and(|block| page.matches(offset, &block.bytes))
+        self.mark_code(page, offset, len)?;
+        let block = self.blocks.get(id);
+        Ok(block.is_some_and(|block| page.matches(offset, &block.bytes)))
     }
 
-    /// Notes that these bytes of a page are about to be read as code.
-    pub(crate) fn mark_code(&mut self, page: HostPage, offset: usize, len: usize) {
+    /// Notes that these bytes of a page are about to be read as code. An error if requests are to be
+    /// served first: then nothing may be read or executed by what was found so far.
+    pub(crate) fn mark_code(
+        &mut self,
+        page: HostPage,
+        offset: usize,
+        len: usize,
+    ) -> Result<(), Stop> {
         if let Some(record) = self.memory.pages().get(page.0)
             && record.mark_code(offset, len)
         {
-            self.protect_code_page(page);
+            return self.protect_code_page(page);
         }
+        Ok(())
     }
 
-    /// A page got its first code: no processor may keep a fast write entry for it.
-    fn protect_code_page(&mut self, page: HostPage) {
+    /// A page got its first code: no processor may keep a fast write entry for it. While this one waits for
+    /// the others they do not wait for it, so what they have asked for is still to be done: TLB entries
+    /// and the memory map must not be used any more.
+    fn protect_code_page(&mut self, page: HostPage) -> Result<(), Stop> {
         self.tlb.protect_host_page(page.0);
         self.memory
             .clone()
             .synchronise(requests::CODE_PAGE, Some(&self.participant.clone()));
+        if self.asked_to_drop() {
+            return Err(Stop::Exit);
+        }
+        Ok(())
+    }
+
+    /// Whether entries of the TLB or the memory map are to be dropped before anything is executed.
+    pub(crate) fn asked_to_drop(&self) -> bool {
+        const DROPS: u32 = requests::TLB_FLUSH | requests::MEMSLOTS | requests::CODE_PAGE;
+        self.requests.pending() & DROPS != 0
     }
 
     pub(crate) fn build_block(
@@ -127,7 +145,7 @@ impl Cpu {
     ) -> Result<Option<Block>, Stop> {
         let mut bytes = [0; MAX_INSNS * MAX_INSN_LEN];
         let want = bytes.len().min(PAGE as usize - offset);
-        self.mark_code(page, offset, want);
+        self.mark_code(page, offset, want)?;
         let have = page.read(offset, &mut bytes[..want]);
         let mut insns = Vec::with_capacity(8);
         let mut at = 0;
@@ -163,7 +181,7 @@ impl Cpu {
         let Fetched::Ram(page) = self.fetch_page(linear)? else {
             return Err(Stop::Unimplemented);
         };
-        self.mark_code(page, (linear % PAGE) as usize, MAX_INSN_LEN);
+        self.mark_code(page, (linear % PAGE) as usize, MAX_INSN_LEN)?;
         let mut have = page.read((linear % PAGE) as usize, &mut bytes);
         loop {
             match decode::decode(&bytes[..have], self.mode) {
@@ -176,7 +194,7 @@ impl Cpu {
                     let Fetched::Ram(page) = self.fetch_page(next)? else {
                         return Err(Stop::Unimplemented);
                     };
-                    self.mark_code(page, (next % PAGE) as usize, MAX_INSN_LEN - have);
+                    self.mark_code(page, (next % PAGE) as usize, MAX_INSN_LEN - have)?;
                     have += page.read((next % PAGE) as usize, &mut bytes[have..]);
                 }
                 Err(DecodeError::TooLong | DecodeError::Incomplete) => return Err(self.gp0()),

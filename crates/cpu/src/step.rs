@@ -38,7 +38,11 @@ impl Cpu {
             return self.debug_exception(bits, false);
         }
         // The block's first instruction, if there is one, saves decoding again.
-        if let Ok(Some(id)) = self.block_at(rip)
+        let found = self.block_at(rip);
+        if let Err(Stop::Exit) = found {
+            return self.instruction_stopped(Stop::Exit, None, rip);
+        }
+        if let Ok(Some(id)) = found
             && let Some(block) = self.blocks.get(id)
         {
             let insns = std::mem::take(&mut block.insns);

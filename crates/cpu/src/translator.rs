@@ -116,8 +116,12 @@ impl Cpu {
     }
 
     /// The decoded block at RIP, its bytes checked. If there is none that could be kept, one
-    /// instruction is executed, or its fault made pending, and the answer is `None`.
+    /// instruction is executed, or its fault made pending, and the answer is `None`; also if requests must be
+    /// served first.
     pub fn block_here(&mut self) -> Result<Option<BlockId>, Exit> {
+        if self.asked_to_drop() {
+            return Ok(None);
+        }
         let rip = self.state.rip();
         match self.block_at(rip) {
             Ok(Some(id)) => Ok(Some(id)),
@@ -140,16 +144,20 @@ impl Cpu {
     }
 
     /// Whether these bytes are still at a host address in the page of a block that
-    /// [`Cpu::block_here`] has just found; if the page was not known to hold code there, it is now.
+    /// [`Cpu::block_here`] has just found; if the page was not known to hold code there, it is now. Also
+    /// false if requests must be served before anybody can tell.
     pub fn code_is(&mut self, host: u64, bytes: &[u8]) -> bool {
         let page = HostPage(host & !(PAGE - 1));
         let offset = (host % PAGE) as usize;
-        self.mark_code(page, offset, bytes.len());
-        page.matches(offset, bytes)
+        self.mark_code(page, offset, bytes.len()).is_ok() && page.matches(offset, bytes)
     }
 
-    /// Interprets the block at RIP.
+    /// Interprets the block at RIP, unless requests must be served first: [`Cpu::code_is`] may have waited
+    /// for other processors.
     pub fn interpret_block(&mut self, id: BlockId) -> Result<(), Exit> {
+        if self.asked_to_drop() {
+            return Ok(());
+        }
         self.run_block_id(id)
     }
 

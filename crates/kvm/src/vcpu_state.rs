@@ -95,7 +95,7 @@ impl Vcpu {
         registers::set_sregs(&mut cpu.state, sregs);
         if sregs.flags == 0 && registers::pae_paging(sregs.cr0, sregs.cr4, sregs.efer) {
             // The entries come from memory, as with MOV to CR3; where they are not RAM they stay.
-            if let Some(pdptr) = cpu.load_pdptrs(sregs.cr3) {
+            if let Some(pdptr) = cpu.with_memory(|cpu| cpu.load_pdptrs(sregs.cr3)) {
                 cpu.state.pdptr = pdptr;
             }
         }
@@ -278,7 +278,7 @@ impl Vcpu {
 
     /// KVM_TRANSLATE.
     pub fn translate(&self, linear: u64) -> kvm_translation {
-        let physical = self.read(|core| core.cpu.translate_debug(linear));
+        let physical = self.read(|core| core.cpu.with_memory(|cpu| cpu.translate_debug(linear)));
         kvm_translation {
             linear_address: linear,
             physical_address: physical.unwrap_or(u64::MAX),

@@ -15,7 +15,7 @@ pub mod pages;
 pub(crate) mod wide;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, Weak};
 
 use arc_swap::ArcSwap;
 
@@ -275,6 +275,11 @@ impl GuestMemory {
         self.epoch.load(Ordering::SeqCst)
     }
 
+    /// While it lives the maps that there are stay in use.
+    pub(crate) fn access(&self) -> RwLockReadGuard<'_, ()> {
+        self.accesses.read().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// Reads guest-physical memory for a device or a paravirtual interface.
     pub fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), NotRam> {
         self.pieces(gpa, buf.len(), |slot, at, range| {
@@ -293,8 +298,10 @@ impl GuestMemory {
             let host = slot.host + (at - slot.gpa);
             let len = range.len();
             access::copy_to_guest(host, &data[range]);
-            slot.mark_dirty(at);
+            // Its fence also stands between the data and the look at the dirty bit: whoever takes the bit
+            // sees the data, or the bit is set again.
             self.pages.stored(host, len);
+            slot.mark_dirty(at);
             Ok(())
         })
     }
@@ -305,7 +312,7 @@ impl GuestMemory {
         len: usize,
         mut each: impl FnMut(&Slot, u64, std::ops::Range<usize>) -> Result<(), NotRam>,
     ) -> Result<(), NotRam> {
-        let _access = self.accesses.read().unwrap_or_else(|e| e.into_inner());
+        let _access = self.access();
         let map = self.maps[0].load();
         let mut done = 0;
         while done < len {

@@ -28,6 +28,36 @@ fn guest_stores_are_logged_again_after_each_get() {
     }
 }
 
+/// What is left of an instruction when it exits is done on re-entry, and logged if the log was read between.
+#[test]
+fn the_rest_of_an_instruction_is_logged_after_a_get() {
+    let accesses: [&[u8]; 2] = [
+        // in: insb
+        &[0x6c],
+        // mov si, 0x9000; movsb, from a device
+        &[0xbe, 0x00, 0x90, 0xa4],
+    ];
+    for access in accesses {
+        let guest = Guest::with_flags(KVM_MEM_LOG_DIRTY_PAGES);
+        let mut code = vec![
+            0xbf, 0x10, 0x20, // mov di, 0x2010
+            0xa2, 0x00, 0x20, // mov [0x2000], al: the page has a fast entry now
+        ];
+        code.extend(access);
+        code.push(0xf4);
+        let mut vcpu = guest.vcpu(&code);
+        match vcpu.run().unwrap() {
+            VcpuExit::IoIn(_, data) | VcpuExit::MmioRead(_, data) => data[0] = 0x5a,
+            exit => panic!("{exit:?}"),
+        }
+        assert_eq!(guest.vm.get_dirty_log(0, RAM).unwrap(), [0b110]);
+        assert_eq!(guest.ram.read::<u8>(0x2010), 0);
+        assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
+        assert_eq!(guest.ram.read::<u8>(0x2010), 0x5a);
+        assert_eq!(guest.vm.get_dirty_log(0, RAM).unwrap(), [0b100]);
+    }
+}
+
 /// Linux maps a page writable at its first use, if it may, and a page that becomes writable is dirty.
 #[test]
 fn the_first_use_of_a_page_counts_as_a_write() {

@@ -1,9 +1,10 @@
 //! Dirty logging under a guest that writes everywhere: a copy made with the log alone is complete.
 
-use crate::{END, Machine, RAM, assemble};
+use crate::{DATA, END, Machine, RAM, assemble};
 use anykvm::VcpuExit;
 use anykvm::bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use iced_x86::code_asm::*;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -94,4 +95,77 @@ fn no_page_is_missed() {
         machine.ram.read_bytes(n * PAGE, &mut page);
         assert!(page == copied[n * PAGE..(n + 1) * PAGE], "page {n:#x}");
     }
+}
+
+/// A processor that finds new code waits for the others, and is not waited for meanwhile: what it was asked to
+/// drop it must drop before it executes anything. Two processors change and call functions that write data,
+/// and are stopped at the moment when the log is read.
+#[test]
+fn no_page_is_missed_behind_new_code() {
+    const ROUNDS: u64 = 1500;
+    const PAGES: i32 = 4;
+    let main = assemble(|a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.inc(rbx)?;
+        a.mov(byte_ptr(r12 + 1), bl)?;
+        a.call(r12)?;
+        a.jmp(top)
+    });
+    let function = assemble(|a| {
+        // Its number is what changes.
+        a.mov(eax, 0x1111_1111)?;
+        for n in 0..PAGES {
+            a.mov(qword_ptr(rsi + n * PAGE as i32), rbx)?;
+        }
+        a.ret()
+    });
+    let machine = Machine::with_flags(&main, KVM_MEM_LOG_DIRTY_PAGES);
+    let mut vcpus = Vec::new();
+    for id in 0..2u64 {
+        let vcpu = machine.vcpu(id);
+        let mut regs = vcpu.get_regs().unwrap();
+        regs.r12 = DATA + id * PAGE as u64;
+        regs.rsi = WRITTEN + id * 0x10_0000;
+        vcpu.set_regs(&regs).unwrap();
+        machine.ram.write_bytes(regs.r12 as usize, &function);
+        vcpus.push(vcpu);
+    }
+    let mut copied = vec![0; RAM];
+    machine.ram.read_bytes(0, &mut copied);
+    let turn = Barrier::new(3);
+    let missed = thread::scope(|scope| {
+        let kicks = [vcpus[0].kick_handle(), vcpus[1].kick_handle()];
+        for vcpu in &mut vcpus {
+            scope.spawn(|| {
+                for _ in 0..ROUNDS {
+                    turn.wait();
+                    assert!(matches!(vcpu.run(), Err(anykvm::Errno::EINTR)));
+                    turn.wait();
+                }
+            });
+        }
+        let mut missed = Vec::new();
+        for round in 0..ROUNDS {
+            turn.wait();
+            // Long enough for some calls, and never the same time.
+            for _ in 0..(round * 7919) % 20_000 {
+                std::hint::spin_loop();
+            }
+            kicks.iter().for_each(|kick| kick.kick());
+            copy(&machine, &mut copied);
+            turn.wait();
+            copy(&machine, &mut copied);
+            for n in WRITTEN as usize / PAGE..RAM / PAGE {
+                let mut page = [0; 8];
+                machine.ram.read_bytes(n * PAGE, &mut page);
+                if page != copied[n * PAGE..n * PAGE + 8] {
+                    missed.push((round, n));
+                    copied[n * PAGE..n * PAGE + 8].copy_from_slice(&page);
+                }
+            }
+        }
+        missed
+    });
+    assert!(missed.is_empty(), "rounds and pages: {missed:x?}");
 }
