@@ -13,10 +13,7 @@ use crate::{build, process, progress};
 const LIMIT: Duration = Duration::from_secs(900);
 
 /// Tests that fail, and what is missing.
-const NOT_YET: &[(&str, &str)] = &[
-    ("VmFd::create_guest_memfd", "guest_memfd"),
-    ("VmFd::set_memory_attributes", "guest_memfd"),
-];
+const NOT_YET: &[(&str, &str)] = &[];
 
 pub fn run() -> Result<ExitCode> {
     let anykvm = build::anykvm()?;

@@ -58,6 +58,7 @@ constants! {
 constants! {
     KVM_EPERM: u32 = 1;
     KVM_EFAULT: u32 = 14;
+    KVM_EINVAL: u32 = 22;
     KVM_EOPNOTSUPP: u32 = 95;
     KVM_ENOSYS: u32 = 1000;
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use anykvm_abi::*;
 
-use crate::capability_table::{DISABLE_EXITS, MANUAL_PROTECT, QUIRKS, X2APIC_API};
+use crate::capability_table::{DISABLE_EXITS, EXIT_HYPERCALLS, MANUAL_PROTECT, QUIRKS, X2APIC_API};
 use crate::error::{Errno, Result};
 use crate::irq::Controllers;
 use crate::vm::{MAX_VCPU_IDS, Vm};
@@ -23,6 +23,7 @@ pub struct EnabledCapabilities {
     msr_platform_info: AtomicBool,
     x2apic_api: AtomicU64,
     halt_poll_ns: AtomicU32,
+    hypercall_exits: AtomicU32,
 }
 
 /// Linux's default for `halt_poll_ns`.
@@ -41,6 +42,7 @@ impl Default for EnabledCapabilities {
             msr_platform_info: AtomicBool::new(true),
             x2apic_api: AtomicU64::new(0),
             halt_poll_ns: AtomicU32::new(HALT_POLL_NS),
+            hypercall_exits: AtomicU32::new(0),
         }
     }
 }
@@ -81,6 +83,10 @@ impl EnabledCapabilities {
     /// KVM_CAP_X2APIC_API: `KVM_X2APIC_API_*`.
     pub fn x2apic_api(&self) -> u64 {
         self.x2apic_api.load(Relaxed)
+    }
+    /// KVM_CAP_EXIT_HYPERCALL: whether this `KVM_HC_*` is the monitor's.
+    pub fn exits_on(&self, hypercall: u32) -> bool {
+        self.hypercall_exits.load(Relaxed) >> hypercall & 1 != 0
     }
     /// KVM_CAP_HALT_POLL: how long a halted vCPU polls at most.
     pub fn halt_poll_ns(&self) -> u32 {
@@ -163,6 +169,16 @@ impl Vm {
                 enabled
                     .exit_on_emulation_failure
                     .store(bits(argument, 1)? != 0, Relaxed);
+            }
+            KVM_CAP_EXIT_HYPERCALL => {
+                let hypercalls = bits(argument, EXIT_HYPERCALLS)? as u32;
+                enabled.hypercall_exits.store(hypercalls, Relaxed);
+            }
+            // There are no huge pages that would have to be split.
+            KVM_CAP_VM_DISABLE_NX_HUGE_PAGES => {
+                if argument != 0 || self.lock_vcpus().any_created() {
+                    return Err(Errno::EINVAL);
+                }
             }
             KVM_CAP_MAX_VCPU_ID => self.set_max_vcpu_id(argument)?,
             _ => return Err(Errno::EINVAL),

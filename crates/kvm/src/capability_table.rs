@@ -108,6 +108,8 @@ pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED
 /// `KVM_X86_DISABLE_EXITS_*` there are.
 pub(crate) const DISABLE_EXITS: u32 =
     KVM_X86_DISABLE_EXITS_HLT | KVM_X86_DISABLE_EXITS_PAUSE | KVM_X86_DISABLE_EXITS_CSTATE;
+/// `KVM_HC_*` that can be the monitor's.
+pub(crate) const EXIT_HYPERCALLS: u32 = 1 << KVM_HC_MAP_GPA_RANGE;
 /// `KVM_X2APIC_API_*` there are.
 pub(crate) const X2APIC_API: u32 =
     KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
@@ -143,14 +145,14 @@ pub const CAPABILITIES: &[Capability] = &[
     has!(KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_SET_IDENTITY_MAP_ADDR, for which there is no need"),
     has!(KVM_CAP_COALESCED_MMIO, KVM_COALESCED_MMIO_PAGE_OFFSET, "page of the vCPU's mapping that is the ring"),
     has!(KVM_CAP_COALESCED_PIO, "port writes may be coalesced, too"),
-    has!(KVM_CAP_VM_TYPES, 1 << KVM_X86_DEFAULT_VM, "bitmap of the arguments of KVM_CREATE_VM"),
+    has!(KVM_CAP_VM_TYPES, 1 << KVM_X86_DEFAULT_VM | 1 << KVM_X86_SW_PROTECTED_VM, "bitmap of the arguments of KVM_CREATE_VM"),
     absent!(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, "all memory is written in the name of a vCPU; the same on Linux for x86"),
-    absent!(KVM_CAP_MEMORY_FAULT_INFO, "KVM_EXIT_MEMORY_FAULT is not given"),
-    absent!(KVM_CAP_MEMORY_ATTRIBUTES, "no memory attributes"),
-    absent!(KVM_CAP_GUEST_MEMFD, "no guest_memfd"),
+    has!(KVM_CAP_MEMORY_FAULT_INFO, "KVM_EXIT_MEMORY_FAULT, for private pages that there are not"),
+    has!(KVM_CAP_MEMORY_ATTRIBUTES, KVM_MEMORY_ATTRIBUTE_PRIVATE, "KVM_MEMORY_ATTRIBUTE_*; 0 on a VM whose pages cannot be private"),
+    has!(KVM_CAP_GUEST_MEMFD, "KVM_CREATE_GUEST_MEMFD; 0 on a VM whose pages cannot be private"),
     absent!(KVM_CAP_PRE_FAULT_MEMORY, "guest memory has no second set of page tables to fill"),
     absent!(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT, "replaced by KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"),
-    absent!(KVM_CAP_VM_DISABLE_NX_HUGE_PAGES, "there are no huge pages to split"),
+    vm!(KVM_CAP_VM_DISABLE_NX_HUGE_PAGES, 1, "there are no huge pages that would be split, so nothing is to be switched off"),
 
     // Interrupt controllers and devices.
     has!(KVM_CAP_IRQCHIP, "PIC, I/O APIC and local APICs in KVM"),
@@ -222,7 +224,7 @@ pub const CAPABILITIES: &[Capability] = &[
     vm!(KVM_CAP_HALT_POLL, 1, "nanoseconds a halted vCPU polls at most"),
     has!(KVM_CAP_NESTED_STATE, nested::SIZE as u32, "bytes of KVM_GET_NESTED_STATE, which says that there is none"),
     absent!(KVM_CAP_X86_GUEST_MODE, "no nested virtualisation"),
-    absent!(KVM_CAP_EXIT_HYPERCALL, "KVM_HC_MAP_GPA_RANGE is for encrypted memory"),
+    vm!(KVM_CAP_EXIT_HYPERCALL, EXIT_HYPERCALLS, "bitmap of the hypercalls that the monitor performs: KVM_HC_MAP_GPA_RANGE"),
     absent!(KVM_CAP_PMU_EVENT_FILTER, "no performance counters"),
     absent!(KVM_CAP_PMU_EVENT_MASKED_EVENTS, "no performance counters"),
     absent!(KVM_CAP_PMU_CAPABILITY, "no performance counters"),

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anykvm_abi::ioctl::*;
 use anykvm_abi::{
-    KVM_MEM_GUEST_MEMFD, KVM_PIT_SPEAKER_DUMMY, Plain, kvm_create_device, kvm_pit_config,
-    kvm_reinject_control, kvm_userspace_memory_region, kvm_userspace_memory_region2,
+    KVM_PIT_SPEAKER_DUMMY, Plain, kvm_create_device, kvm_pit_config, kvm_reinject_control,
+    kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
 
 use crate::error::{Errno, Result};
@@ -22,6 +22,10 @@ impl Vm {
         match request {
             KVM_CREATE_VCPU => Ok(Reply::Object(Object::Vcpu(self.create_vcpu(arg)?))),
             KVM_CREATE_DEVICE => self.ioctl_create_device(arg, user),
+            KVM_CREATE_GUEST_MEMFD => {
+                let file = self.create_guest_memfd(&user.get(arg)?)?;
+                Ok(Reply::Object(Object::GuestMemfd(file)))
+            }
             KVM_GET_STATS_FD => Ok(Reply::Object(Object::Stats(self.stats.clone()))),
             _ => self.ioctl_value(request, arg, user).map(Reply::Value),
         }
@@ -30,11 +34,12 @@ impl Vm {
     /// Those that return a number.
     fn ioctl_value(self: &Arc<Self>, request: u32, arg: u64, user: &dyn UserMemory) -> Result<i32> {
         match request {
-            KVM_CHECK_EXTENSION => return Ok(crate::capability_table::check_extension(arg)),
+            KVM_CHECK_EXTENSION => return Ok(self.check_extension(arg)),
             KVM_ENABLE_CAP => self.enable_cap(&user.get(arg)?)?,
             // memory
             KVM_SET_USER_MEMORY_REGION => self.ioctl_set_region(&user.get(arg)?)?,
             KVM_SET_USER_MEMORY_REGION2 => self.ioctl_set_region2(&user.get(arg)?)?,
+            KVM_SET_MEMORY_ATTRIBUTES => self.set_memory_attributes(&user.get(arg)?)?,
             KVM_SET_MEMORY_REGION => self.set_memory_region(&user.get(arg)?)?,
             KVM_SET_MEMORY_ALIAS => self.set_memory_alias(&user.get(arg)?)?,
             KVM_GET_DIRTY_LOG => self.get_dirty_log(&user.get(arg)?, user)?,
@@ -105,18 +110,10 @@ impl Vm {
         unsafe { self.set_user_memory_region(region) }
     }
 
+    #[allow(unsafe_code)]
     fn ioctl_set_region2(&self, region: &kvm_userspace_memory_region2) -> Result<()> {
-        // There is no guest_memfd (KVM_CAP_GUEST_MEMFD is 0).
-        if region.flags & KVM_MEM_GUEST_MEMFD != 0 {
-            return Err(Errno::EINVAL);
-        }
-        self.ioctl_set_region(&kvm_userspace_memory_region {
-            slot: region.slot,
-            flags: region.flags,
-            guest_phys_addr: region.guest_phys_addr,
-            memory_size: region.memory_size,
-            userspace_addr: region.userspace_addr,
-        })
+        // SAFETY: as above.
+        unsafe { self.set_user_memory_region2(region) }
     }
 
     fn ioctl_set_gsi_routing(&self, arg: u64, user: &dyn UserMemory) -> Result<()> {

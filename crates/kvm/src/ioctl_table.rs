@@ -21,6 +21,8 @@ pub enum ObjectKind {
     Device,
     /// Statistics, from KVM_GET_STATS_FD.
     Stats,
+    /// Private memory, from KVM_CREATE_GUEST_MEMFD.
+    GuestMemfd,
 }
 
 impl ObjectKind {
@@ -28,7 +30,7 @@ impl ObjectKind {
     pub const fn unknown(self) -> Errno {
         match self {
             Self::System | Self::Vcpu => Errno::EINVAL,
-            Self::Vm | Self::Device | Self::Stats => Errno::ENOTTY,
+            Self::Vm | Self::Device | Self::Stats | Self::GuestMemfd => Errno::ENOTTY,
         }
     }
 }
@@ -41,6 +43,7 @@ impl fmt::Display for ObjectKind {
             Self::Vcpu => "vcpu",
             Self::Device => "device",
             Self::Stats => "stats",
+            Self::GuestMemfd => "guest_memfd",
         })
     }
 }
@@ -167,8 +170,8 @@ pub const IOCTLS: &[IoctlRow] = &[
     row(KVM_XEN_HVM_SET_ATTR, Vm, "4.126", Refused(Errno::ENOTTY, XEN)),
     row(KVM_XEN_HVM_GET_ATTR, Vm, "4.127", Refused(Errno::ENOTTY, XEN)),
     row(KVM_XEN_HVM_EVTCHN_SEND, Vm, "4.135", Refused(Errno::ENOTTY, XEN)),
-    row(KVM_SET_MEMORY_ATTRIBUTES, Vm, "4.141", Refused(Errno::ENOTTY, "no memory attributes")),
-    row(KVM_CREATE_GUEST_MEMFD, Vm, "4.142", Refused(Errno::ENOTTY, "no guest_memfd")),
+    row(KVM_SET_MEMORY_ATTRIBUTES, Vm, "4.141", Works),
+    row(KVM_CREATE_GUEST_MEMFD, Vm, "4.142", Works),
 
     row(KVM_RUN, Vcpu, "4.10", Works),
     row(KVM_GET_REGS, Vcpu, "4.11", Works),

@@ -160,7 +160,7 @@ impl Kvm {
         self.create_vm_with_type(KVM_X86_DEFAULT_VM.into())
     }
 
-    /// Creates a VM of a type; 0 is the only one (section 4.2).
+    /// Creates a VM of a type: KVM_X86_DEFAULT_VM or KVM_X86_SW_PROTECTED_VM (section 4.2).
     pub fn create_vm_with_type(&self, vm_type: u64) -> Result<VmFd> {
         Ok(VmFd::from(self.system.create_vm(vm_type)?))
     }

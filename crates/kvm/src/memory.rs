@@ -9,14 +9,15 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, MutexGuard};
 
 use anykvm_abi::{
-    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_MEM_READONLY,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_GUEST_MEMFD,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
 };
 use anykvm_cpu::memory::dirty::RingName;
 use anykvm_cpu::memory::mapping::Mapping;
 use anykvm_cpu::memory::{DirtyLog, MemoryMap, PAGE, Slot};
 
 use crate::error::{Errno, Result};
+use crate::guest_memfd::{Binding, PrivateRanges};
 use crate::memory_alias::Alias;
 use crate::stats::VmStat;
 use crate::vm::Vm;
@@ -31,7 +32,7 @@ const MAX_PAGES: u64 = (1 << 31) - 1;
 const USER_END: u64 = 0x7fff_ffff_f000;
 
 /// One request to change a slot, after the ioctl's own structure has been taken apart.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Region {
     /// Slot number; the address space in the upper 16 bits.
     pub slot: u32,
@@ -39,6 +40,8 @@ pub(crate) struct Region {
     pub gpa: u64,
     pub size: u64,
     pub backing: Backing,
+    /// Private memory behind the same addresses (KVM_MEM_GUEST_MEMFD).
+    pub private: Option<Binding>,
 }
 
 /// Whose memory a slot shows.
@@ -57,6 +60,8 @@ pub(crate) struct Record {
     pub backing: Backing,
     /// The VM's own memory, kept mapped.
     pub own: Option<Arc<Mapping>>,
+    /// Private memory behind the same addresses.
+    pub private: Option<Binding>,
     pub slot: Arc<Slot>,
 }
 
@@ -67,6 +72,8 @@ pub(crate) struct SlotTable {
     pub aliases: [Option<Alias>; anykvm_abi::KVM_ALIAS_SLOTS as usize],
     /// Bytes of the VM's memfd.
     pub file_len: u64,
+    /// Guest-physical memory whose private part is seen.
+    pub private: PrivateRanges,
 }
 
 impl SlotTable {
@@ -93,7 +100,8 @@ impl SlotTable {
 
     /// Every piece of memory of an address space: slots and what aliases show of them.
     fn pieces(&self, space: usize) -> Vec<Arc<Slot>> {
-        let slots = self.spaces[space].values().map(|r| r.slot.clone());
+        let records = self.spaces[space].values();
+        let slots = records.flat_map(|r| self.private.pieces(r));
         let aliases = (space == 0).then(|| self.aliases.iter().flatten());
         slots
             .chain(aliases.into_iter().flatten().flat_map(Alias::pieces))
@@ -103,8 +111,21 @@ impl SlotTable {
 
 impl Region {
     /// The checks that need only the request.
-    fn check(&self) -> Result<()> {
-        if self.flags & !(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY) != 0
+    pub(crate) fn check(&self, vm: &Vm) -> Result<()> {
+        // Where pages can be private, writes are not logged, and there is one address space. What has private
+        // memory cannot be read-only.
+        let valid = match (
+            vm.has_private_memory(),
+            self.flags & KVM_MEM_GUEST_MEMFD != 0,
+        ) {
+            (false, _) => KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY,
+            (true, false) => KVM_MEM_READONLY,
+            (true, true) => KVM_MEM_GUEST_MEMFD,
+        };
+        if vm.has_private_memory() && self.slot >> 16 != 0 {
+            return Err(Errno::EINVAL);
+        }
+        if self.flags & !valid != 0
             || !self.size.is_multiple_of(PAGE)
             || !self.gpa.is_multiple_of(PAGE)
         {
@@ -146,12 +167,13 @@ impl Vm {
             gpa: region.guest_phys_addr,
             size: region.memory_size,
             backing: Backing::User(region.userspace_addr),
+            private: None,
         })
     }
 
     /// Creates, changes, moves or deletes a slot.
     pub(crate) fn set_region(&self, region: Region) -> Result<()> {
-        region.check()?;
+        region.check(self)?;
         let (space, id) = SlotTable::split(region.slot)?;
         let mut table = self.lock_slots();
         if region.size == 0 {
@@ -164,7 +186,9 @@ impl Vm {
         }
         let old = table.spaces[space].get(&id);
         if let Some(old) = old {
-            if !same_backing(&old.backing, &region.backing)
+            // A slot with private memory can only be deleted.
+            if (old.flags | region.flags) & KVM_MEM_GUEST_MEMFD != 0
+                || !same_backing(&old.backing, &region.backing)
                 || old.slot.size != region.size
                 || (old.flags ^ region.flags) & KVM_MEM_READONLY != 0
             {
@@ -226,6 +250,7 @@ impl Vm {
             flags: region.flags,
             backing: region.backing,
             own,
+            private: region.private,
             slot,
         }
     }

@@ -137,6 +137,7 @@ impl Vm {
             gpa: region.guest_phys_addr,
             size: region.memory_size,
             backing: Backing::Own,
+            private: None,
         })
     }
 
@@ -174,6 +175,9 @@ impl Vm {
             memory_size,
             target_phys_addr,
         } = *alias;
+        if self.has_private_memory() {
+            return Err(Errno::EINVAL);
+        }
         let aligned = [guest_phys_addr, memory_size, target_phys_addr];
         if flags != 0
             || slot >= KVM_ALIAS_SLOTS

@@ -10,6 +10,7 @@ use rustix::fs::MemfdFlags;
 
 use crate::device::Device;
 use crate::error::Result;
+use crate::guest_memfd::GuestMemfd;
 use crate::ioctl_table::ObjectKind;
 use crate::stats::StatsFile;
 use crate::system::System;
@@ -31,6 +32,8 @@ pub enum Object {
     Device(Arc<Device>),
     /// Statistics, from KVM_GET_STATS_FD.
     Stats(Arc<StatsFile>),
+    /// Private memory, from KVM_CREATE_GUEST_MEMFD; keeps its VM alive.
+    GuestMemfd(Arc<GuestMemfd>),
 }
 
 /// What a successful ioctl returns.
@@ -59,7 +62,7 @@ impl Object {
             Self::Vm(vm) => vm.ioctl(request, arg, user),
             Self::Vcpu(vcpu) => vcpu.ioctl(request, arg, user),
             Self::Device(device) => device.ioctl(request, arg, user).map(Reply::Value),
-            Self::Stats(_) => Err(ObjectKind::Stats.unknown()),
+            Self::Stats(_) | Self::GuestMemfd(_) => Err(self.kind().unknown()),
         }
     }
 
@@ -71,6 +74,7 @@ impl Object {
             Self::Vcpu(_) => ObjectKind::Vcpu,
             Self::Device(_) => ObjectKind::Device,
             Self::Stats(_) => ObjectKind::Stats,
+            Self::GuestMemfd(_) => ObjectKind::GuestMemfd,
         }
     }
 
@@ -82,6 +86,7 @@ impl Object {
             Self::Vcpu(vcpu) => vcpu.fd(),
             Self::Device(device) => device.fd(),
             Self::Stats(stats) => stats.fd(),
+            Self::GuestMemfd(file) => file.fd(),
         }
     }
 

@@ -5,13 +5,13 @@
 
 use anykvm_abi::{
     KVM_FEATURE_PV_SCHED_YIELD, KVM_FEATURE_PV_SEND_IPI, KVM_FEATURE_PV_UNHALT,
-    MSR_KVM_ASYNC_PF_ACK, MSR_KVM_ASYNC_PF_EN, MSR_KVM_ASYNC_PF_INT, MSR_KVM_POLL_CONTROL,
-    MSR_KVM_PV_EOI_EN, MSR_KVM_STEAL_TIME, MSR_KVM_SYSTEM_TIME, MSR_KVM_SYSTEM_TIME_NEW,
-    MSR_KVM_WALL_CLOCK, MSR_KVM_WALL_CLOCK_NEW,
+    KVM_HC_MAP_GPA_RANGE, MSR_KVM_ASYNC_PF_ACK, MSR_KVM_ASYNC_PF_EN, MSR_KVM_ASYNC_PF_INT,
+    MSR_KVM_POLL_CONTROL, MSR_KVM_PV_EOI_EN, MSR_KVM_STEAL_TIME, MSR_KVM_SYSTEM_TIME,
+    MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_WALL_CLOCK, MSR_KVM_WALL_CLOCK_NEW,
 };
-use anykvm_cpu::CpuState;
 use anykvm_cpu::machine::Hypercall;
-use anykvm_cpu::memory::GuestMemory;
+use anykvm_cpu::memory::{GuestMemory, PAGE};
+use anykvm_cpu::{CpuState, Exit};
 
 use crate::clock::{Clock, ClockPair};
 use crate::machine::VcpuMachine;
@@ -176,6 +176,16 @@ fn valid(index: u32, value: u64) -> bool {
     }
 }
 
+/// KVM_HC_MAP_GPA_RANGE, which the monitor performs: a range of pages, and what they shall be.
+fn map_gpa_range(gpa: u64, pages: u64, attributes: u64) -> Option<Exit> {
+    let first = gpa / PAGE;
+    let good = gpa.is_multiple_of(PAGE) && first.checked_add(pages).is_some_and(|end| end > first);
+    good.then_some(Exit::Hypercall {
+        nr: KVM_HC_MAP_GPA_RANGE.into(),
+        args: [gpa, pages, attributes, 0, 0],
+    })
+}
+
 impl VcpuMachine {
     /// Whether the MSR exists for whoever asks: with KVM_CAP_ENFORCE_PV_FEATURE_CPUID a guest has only
     /// what its CPUID announces.
@@ -285,6 +295,12 @@ impl VcpuMachine {
                     {
                         Some(Ok(n)) => n.into(),
                         _ => -i64::from(anykvm_abi::KVM_ENOSYS),
+                    }
+                }
+                (KVM_HC_MAP_GPA_RANGE, 0) if self.vm().enabled().exits_on(KVM_HC_MAP_GPA_RANGE) => {
+                    match map_gpa_range(a0, a1, a2) {
+                        Some(exit) => return Hypercall::Exit(exit),
+                        None => -i64::from(anykvm_abi::KVM_EINVAL),
                     }
                 }
                 (anykvm_abi::KVM_HC_SCHED_YIELD, 0)

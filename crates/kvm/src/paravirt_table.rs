@@ -55,7 +55,7 @@ pub(crate) const FEATURES: &[Feature] = &[
     feature!(KVM_FEATURE_PV_SCHED_YIELD, Kvm, "KVM_HC_SCHED_YIELD"),
     feature!(KVM_FEATURE_ASYNC_PF_INT, Kvm, "asynchronous page faults by interrupt; none is ever sent"),
     feature!(KVM_FEATURE_MSI_EXT_DEST_ID, Monitor, "15-bit APIC ids in MSIs"),
-    feature!(KVM_FEATURE_HC_MAP_GPA_RANGE, Absent, "KVM_HC_MAP_GPA_RANGE is for encrypted memory"),
+    feature!(KVM_FEATURE_HC_MAP_GPA_RANGE, Monitor, "KVM_HC_MAP_GPA_RANGE, with KVM_CAP_EXIT_HYPERCALL"),
     feature!(KVM_FEATURE_MIGRATION_CONTROL, Absent, "for encrypted memory"),
     feature!(KVM_FEATURE_CLOCKSOURCE_STABLE_BIT, Kvm, "PVCLOCK_TSC_STABLE_BIT means something"),
 ];

@@ -8,15 +8,16 @@
 use anykvm_abi::{
     KVM_EXIT_DEBUG, KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL,
     KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT,
-    KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_TPR_ACCESS, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_RUN_X86_SMM, KVM_SYNC_X86_EVENTS,
-    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_X86_DISABLE_EXITS_HLT, kvm_regs, kvm_sregs,
-    kvm_vcpu_events,
+    KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
+    KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_TPR_ACCESS, KVM_EXIT_X86_RDMSR,
+    KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    KVM_RUN_X86_SMM, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+    KVM_X86_DISABLE_EXITS_HLT, kvm_regs, kvm_sregs, kvm_vcpu_events,
 };
 use anykvm_cpu::events::MpState;
 use anykvm_cpu::exit::{Direction, InternalError};
+use anykvm_cpu::memory::PAGE;
 use anykvm_cpu::memory::dirty::DirtyRing;
 use anykvm_cpu::requests::{EVENT, KICK, OWNER, PAUSE};
 use anykvm_cpu::state::rflags;
@@ -43,6 +44,8 @@ pub(crate) enum Completion {
     MsrWrite,
     /// `hypercall.ret`.
     Hypercall,
+    /// A store to a private page that there was not.
+    PrivateStore { gpa: u64, len: u8, data: [u8; 8] },
 }
 
 /// KVM_SYNC_X86_VALID_FIELDS.
@@ -97,7 +100,7 @@ impl Vcpu {
             }
             self.machine().store_cr8(cr8);
         }
-        self.hand_over(core);
+        self.hand_over(core)?;
         if self.vm().time.is_counted() {
             self.vm().events.look();
         }
@@ -140,7 +143,7 @@ impl Vcpu {
     }
 
     /// Gives the processor what the VMM answered.
-    fn hand_over(&self, core: &mut Core) {
+    fn hand_over(&self, core: &mut Core) -> Result<()> {
         let page = self.machine().run();
         let cpu = &mut core.cpu;
         match std::mem::replace(&mut core.completion, Completion::None) {
@@ -154,7 +157,15 @@ impl Vcpu {
                 cpu.complete_msr((page.msr_error() == 0).then_some(value));
             }
             Completion::Hypercall => cpu.complete_hypercall(page.hypercall_ret()),
+            Completion::PrivateStore { gpa, len, data } => {
+                let data_bytes = &data[..usize::from(len).min(8)];
+                if self.vm().memory().write(gpa, data_bytes).is_err() {
+                    core.completion = Completion::PrivateStore { gpa, len, data };
+                    return Err(self.report_private_page(gpa));
+                }
+            }
         }
+        Ok(())
     }
 
     /// What is looked at each time the guest is entered.
@@ -196,6 +207,16 @@ impl Vcpu {
                 }
                 self.count(VcpuStat::IoExits);
                 KVM_EXIT_IO
+            }
+            // A private page that there is not: the instruction begins anew, or, of a store, which has retired, the
+            // data is kept, when the monitor has seen to it.
+            Exit::MmioRead { gpa, .. } if self.vm().is_private(gpa) => {
+                core.cpu.io.clear();
+                return Err(self.report_private_page(gpa));
+            }
+            Exit::MmioWrite { gpa, len, data } if self.vm().is_private(gpa) => {
+                core.completion = Completion::PrivateStore { gpa, len, data };
+                return Err(self.report_private_page(gpa));
             }
             Exit::MmioRead { gpa, len } => {
                 page.set_mmio_phys_addr(gpa);
@@ -278,6 +299,16 @@ impl Vcpu {
             Exit::Budget => return Ok(Next::Guest),
         };
         Ok(Next::User(reason))
+    }
+
+    /// KVM_EXIT_MEMORY_FAULT, with which KVM_RUN fails.
+    fn report_private_page(&self, gpa: u64) -> Errno {
+        let page = self.machine().run();
+        page.set_memory_fault_flags(KVM_MEMORY_EXIT_FLAG_PRIVATE.into());
+        page.set_memory_fault_gpa(gpa & !(PAGE - 1));
+        page.set_memory_fault_size(PAGE);
+        page.set_exit_reason(KVM_EXIT_MEMORY_FAULT);
+        Errno::EFAULT
     }
 
     fn report_tpr_access(&self, rip: u64, is_write: bool) -> u32 {

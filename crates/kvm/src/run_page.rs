@@ -16,7 +16,7 @@ use anykvm_abi::{
     kvm_run__bindgen_ty_1__bindgen_ty_13 as internal,
     kvm_run__bindgen_ty_1__bindgen_ty_14 as emulation_failure,
     kvm_run__bindgen_ty_1__bindgen_ty_21 as eoi, kvm_run__bindgen_ty_1__bindgen_ty_23 as msr,
-    kvm_sync_regs,
+    kvm_run__bindgen_ty_1__bindgen_ty_27 as memory_fault, kvm_sync_regs,
 };
 use anykvm_cpu::memory::mapping::Mapping;
 
@@ -96,6 +96,9 @@ impl RunPage {
         internal_ndata / set_internal_ndata: u32 = EXIT + offset_of!(internal, ndata);
         emulation_failure_flags / set_emulation_failure_flags: u64 = EXIT + offset_of!(emulation_failure, flags);
         eoi_vector / set_eoi_vector: u8 = EXIT + offset_of!(eoi, vector);
+        memory_fault_flags / set_memory_fault_flags: u64 = EXIT + offset_of!(memory_fault, flags);
+        memory_fault_gpa / set_memory_fault_gpa: u64 = EXIT + offset_of!(memory_fault, gpa);
+        memory_fault_size / set_memory_fault_size: u64 = EXIT + offset_of!(memory_fault, size);
         msr_error / set_msr_error: u8 = EXIT + offset_of!(msr, error);
         msr_reason / set_msr_reason: u32 = EXIT + offset_of!(msr, reason);
         msr_index / set_msr_index: u32 = EXIT + offset_of!(msr, index);

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use anykvm_abi::ioctl::*;
 use anykvm_abi::{
-    KVM_API_VERSION, KVM_X86_XCOMP_GUEST_SUPP, kvm_cpuid_entry2, kvm_device_attr, kvm_msr_entry,
+    KVM_API_VERSION, KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM, KVM_X86_XCOMP_GUEST_SUPP,
+    kvm_cpuid_entry2, kvm_device_attr, kvm_msr_entry,
 };
 
 use crate::capability_table::check_extension;
@@ -79,15 +80,18 @@ impl System {
         }
     }
 
-    /// KVM_CREATE_VM: type 0 is the only one.
+    /// KVM_CREATE_VM: of the default type, or with memory that can be private.
     pub fn create_vm(&self, vm_type: u64) -> Result<Arc<Vm>> {
-        no_argument(vm_type)?;
-        Vm::new(None)
+        match u32::try_from(vm_type) {
+            Ok(KVM_X86_DEFAULT_VM) => Vm::new(false, None),
+            Ok(KVM_X86_SW_PROTECTED_VM) => Vm::new(true, None),
+            _ => Err(Errno::EINVAL),
+        }
     }
 
     /// A VM whose time is a count of its instructions; no ioctl does this.
     pub fn create_vm_with_counted_time(&self, time: CountedTime) -> Result<Arc<Vm>> {
-        Vm::new(Some(time))
+        Vm::new(false, Some(time))
     }
 }
 

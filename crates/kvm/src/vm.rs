@@ -4,7 +4,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use anykvm_abi::kvm_clock_data;
+use anykvm_abi::{
+    KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_MULTI_ADDRESS_SPACE, kvm_clock_data,
+};
 use anykvm_cpu::Cpu;
 use anykvm_cpu::memory::GuestMemory;
 use anykvm_cpu::memory::mapping::Mapping;
@@ -14,11 +16,13 @@ use anykvm_jit::Budget;
 use arc_swap::ArcSwapOption;
 
 use crate::capability::EnabledCapabilities;
+use crate::capability_table::check_extension;
 use crate::clock::Clock;
 use crate::clock_pages::ClockPages;
 use crate::coalesced::Ring;
 use crate::error::{Errno, Result};
 use crate::event_thread::EventThread;
+use crate::guest_memfd::GuestMemfd;
 use crate::io_bus::IoBus;
 use crate::irq::Irq;
 use crate::memory::SlotTable;
@@ -64,6 +68,9 @@ pub struct Vm {
     pub(crate) vfio_device: Mutex<bool>,
     /// KVM_SET_NR_MMU_PAGES: kept, there is no shadow MMU to limit.
     mmu_pages: AtomicU32,
+    /// KVM_X86_SW_PROTECTED_VM: its pages can be private.
+    private_memory: bool,
+    pub(crate) guest_memfds: Mutex<Vec<Weak<GuestMemfd>>>,
     coalesced_ring: OwnedFd,
     /// KVM_CAP_DIRTY_LOG_RING: bytes of each vCPU's ring, 0 if there are none.
     pub(crate) dirty_ring_bytes: AtomicU32,
@@ -122,8 +129,8 @@ impl Vcpus {
 }
 
 impl Vm {
-    /// KVM_CREATE_VM, with time of the host's or counted.
-    pub(crate) fn new(counted: Option<CountedTime>) -> Result<Arc<Self>> {
+    /// KVM_CREATE_VM. `private_memory`: KVM_X86_SW_PROTECTED_VM. `counted`: time is counted, not the host's.
+    pub(crate) fn new(private_memory: bool, counted: Option<CountedTime>) -> Result<Arc<Self>> {
         // Before the VMM's seccomp filters, which may forbid executable mappings.
         anykvm_cpu::assist::prepare();
         let translation = Translation::from_env().map_err(|e| {
@@ -152,6 +159,8 @@ impl Vm {
             xen_hvm: ArcSwapOption::empty(),
             vfio_device: Mutex::default(),
             mmu_pages: AtomicU32::new(0),
+            private_memory,
+            guest_memfds: Mutex::default(),
             coalesced_ring,
             dirty_ring_bytes: AtomicU32::new(0),
             vcpus: Mutex::default(),
@@ -191,6 +200,22 @@ impl Vm {
     /// Counts an event.
     pub(crate) fn count(&self, stat: VmStat) {
         self.stats.add(stat as usize, 1);
+    }
+
+    /// Whether its pages can be private (KVM_X86_SW_PROTECTED_VM).
+    pub(crate) fn has_private_memory(&self) -> bool {
+        self.private_memory
+    }
+
+    /// KVM_CHECK_EXTENSION on the VM: what depends on its type, and for all others what `/dev/kvm` says.
+    pub(crate) fn check_extension(&self, capability: u64) -> i32 {
+        let private = self.has_private_memory();
+        match u32::try_from(capability) {
+            Ok(KVM_CAP_GUEST_MEMFD) => private.into(),
+            Ok(KVM_CAP_MEMORY_ATTRIBUTES) => self.memory_attributes() as i32,
+            Ok(KVM_CAP_MULTI_ADDRESS_SPACE) if private => 1,
+            _ => check_extension(capability),
+        }
     }
 
     pub(crate) fn lock_vcpus(&self) -> MutexGuard<'_, Vcpus> {

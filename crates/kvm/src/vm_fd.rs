@@ -6,19 +6,19 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 
 use anykvm_abi::{
-    KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, KVM_MEM_GUEST_MEMFD,
-    KVM_MSR_FILTER_DEFAULT_ALLOW, KVM_MSR_FILTER_DEFAULT_DENY, KVM_MSR_FILTER_READ,
-    KVM_MSR_FILTER_WRITE, KvmIrqRouting, kvm_clock_data, kvm_coalesced_mmio_zone,
-    kvm_create_device, kvm_enable_cap, kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch,
-    kvm_ioeventfd_flag_nr_deassign, kvm_ioeventfd_flag_nr_pio, kvm_irqchip, kvm_irqfd,
-    kvm_memory_alias, kvm_memory_region, kvm_msi, kvm_pit_config, kvm_pit_state2,
-    kvm_userspace_memory_region, kvm_userspace_memory_region2,
+    KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, KVM_MSR_FILTER_DEFAULT_ALLOW,
+    KVM_MSR_FILTER_DEFAULT_DENY, KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE, KvmIrqRouting,
+    kvm_clock_data, kvm_coalesced_mmio_zone, kvm_create_device, kvm_create_guest_memfd,
+    kvm_enable_cap, kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch, kvm_ioeventfd_flag_nr_deassign,
+    kvm_ioeventfd_flag_nr_pio, kvm_irqchip, kvm_irqfd, kvm_memory_alias, kvm_memory_attributes,
+    kvm_memory_region, kvm_msi, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
 };
 
 use crate::cap::Cap;
-use crate::capability_table::check_extension;
 use crate::device_fd::DeviceFd;
 use crate::error::{Errno, Result};
+use crate::guest_memfd::GuestMemfd;
 use crate::irq::Controllers;
 use crate::object::Object;
 use crate::system::VCPU_MMAP_SIZE;
@@ -190,8 +190,8 @@ impl VmFd {
         unsafe { self.vm.set_user_memory_region(&user_memory_region) }
     }
 
-    /// As [`Self::set_user_memory_region`], with the longer structure (section 4.140,
-    /// KVM_SET_USER_MEMORY_REGION2). guest_memfd is not supported: EINVAL.
+    /// As [`Self::set_user_memory_region`], with the longer structure, which can name private memory
+    /// (section 4.140, KVM_SET_USER_MEMORY_REGION2).
     ///
     /// # Safety
     ///
@@ -201,19 +201,19 @@ impl VmFd {
         &self,
         user_memory_region2: kvm_userspace_memory_region2,
     ) -> Result<()> {
-        let region = &user_memory_region2;
-        if region.flags & KVM_MEM_GUEST_MEMFD != 0 {
-            return Err(Errno::EINVAL);
-        }
-        let region = kvm_userspace_memory_region {
-            slot: region.slot,
-            flags: region.flags,
-            guest_phys_addr: region.guest_phys_addr,
-            memory_size: region.memory_size,
-            userspace_addr: region.userspace_addr,
-        };
         // SAFETY: the caller's promise.
-        unsafe { self.vm.set_user_memory_region(&region) }
+        unsafe { self.vm.set_user_memory_region2(&user_memory_region2) }
+    }
+
+    /// Makes a file of private memory (section 4.142, KVM_CREATE_GUEST_MEMFD). EINVAL on a VM that is not a
+    /// KVM_X86_SW_PROTECTED_VM.
+    pub fn create_guest_memfd(&self, gmem: kvm_create_guest_memfd) -> Result<Arc<GuestMemfd>> {
+        self.vm.create_guest_memfd(&gmem)
+    }
+
+    /// Says which guest-physical memory is private (section 4.141, KVM_SET_MEMORY_ATTRIBUTES).
+    pub fn set_memory_attributes(&self, attributes: kvm_memory_attributes) -> Result<()> {
+        self.vm.set_memory_attributes(&attributes)
     }
 
     /// Makes guest memory that KVM provides (KVM_SET_MEMORY_REGION of the first KVM API). A mapping
@@ -469,7 +469,7 @@ impl VmFd {
 
     /// A capability's value by number (section 4.4).
     pub fn check_extension_raw(&self, c: u64) -> i32 {
-        check_extension(c)
+        self.vm.check_extension(c)
     }
 
     /// From now on writes to the range are collected in a ring instead of being exits (section

@@ -279,16 +279,16 @@ interpose! {
         }
     }
     fn mmap(address: *mut c_void, len: usize, protection: c_int, flags: c_int, fd: c_int, offset: c_long) -> *mut c_void {
-        if refused(len, protection, flags, fd, offset) {
-            return answer(Err(libc::EINVAL)) as usize as *mut c_void;
+        if let Some(errno) = refused(len, protection, flags, fd, offset) {
+            return answer(Err(errno)) as usize as *mut c_void;
         }
         let mapped = next::mmap(address, len, protection, flags, fd, offset);
         map_ring(mapped, len, protection, flags, fd, offset);
         mapped
     }
     fn mmap64(address: *mut c_void, len: usize, protection: c_int, flags: c_int, fd: c_int, offset: c_long) -> *mut c_void {
-        if refused(len, protection, flags, fd, offset) {
-            return answer(Err(libc::EINVAL)) as usize as *mut c_void;
+        if let Some(errno) = refused(len, protection, flags, fd, offset) {
+            return answer(Err(errno)) as usize as *mut c_void;
         }
         let mapped = next::mmap64(address, len, protection, flags, fd, offset);
         map_ring(mapped, len, protection, flags, fd, offset);
@@ -296,12 +296,18 @@ interpose! {
     }
 }
 
-/// Whether KVM would refuse this mapping of a descriptor of its own.
-fn refused(len: usize, protection: c_int, flags: c_int, fd: c_int, offset: c_long) -> bool {
-    fd >= 0
-        && files::any()
-        && flags & libc::MAP_ANONYMOUS == 0
-        && kvm::refuses_mapping(len, protection, flags, fd, offset)
+/// The errno with which KVM would refuse this mapping of a descriptor of its own.
+fn refused(
+    len: usize,
+    protection: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: c_long,
+) -> Option<c_int> {
+    if fd < 0 || !files::any() || flags & libc::MAP_ANONYMOUS != 0 {
+        return None;
+    }
+    kvm::refuses_mapping(len, protection, flags, fd, offset)
 }
 
 /// Completes a mapping, if it is one of a vCPU.

@@ -77,25 +77,26 @@ fn give(object: Object, request: u32, argument: u64) -> Result<c_int, c_int> {
     Ok(0)
 }
 
-/// Whether a vCPU's pages may not be mapped so.
+/// The errno with which KVM would refuse this mapping of a descriptor of its own: of a vCPU's pages, or of private
+/// memory.
 pub fn refuses_mapping(
     len: usize,
     protection: c_int,
     flags: c_int,
     fd: c_int,
     offset: i64,
-) -> bool {
-    let Some(file) = files::find(fd) else {
-        return false;
-    };
-    let Object::Vcpu(vcpu) = file.object() else {
-        return false;
+) -> Option<c_int> {
+    let file = files::find(fd)?;
+    let vcpu = match file.object() {
+        Object::Vcpu(vcpu) => vcpu,
+        Object::GuestMemfd(_) => return Some(libc::ENODEV),
+        _ => return None,
     };
     // MAP_SHARED_VALIDATE has MAP_SHARED's bit.
     let shared = flags & libc::MAP_SHARED != 0;
     let exec = protection & libc::PROT_EXEC != 0;
-    vcpu.check_mapping(offset as u64, len as u64, shared, exec)
-        .is_err()
+    let checked = vcpu.check_mapping(offset as u64, len as u64, shared, exec);
+    checked.err().map(|e| e.errno())
 }
 
 /// Lays the VM's coalesced-MMIO ring over page 2 of a new mapping of a vCPU (KVM API, 4.116): the

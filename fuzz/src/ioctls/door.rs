@@ -96,7 +96,7 @@ impl Handle {
                     (KVM_CREATE_VM, ObjectKind::System) => Some((n, ObjectKind::Vm)),
                     (KVM_CREATE_VCPU, ObjectKind::Vm) => Some((n, ObjectKind::Vcpu)),
                     (KVM_GET_STATS_FD, _) => Some((n, ObjectKind::Stats)),
-                    (KVM_CREATE_GUEST_MEMFD, ObjectKind::Vm) => Some((n, ObjectKind::Stats)),
+                    (KVM_CREATE_GUEST_MEMFD, ObjectKind::Vm) => Some((n, ObjectKind::GuestMemfd)),
                     (KVM_CREATE_DEVICE, _) => device(argument, arena),
                     _ => None,
                 };

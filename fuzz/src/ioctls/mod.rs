@@ -70,12 +70,13 @@ impl<'a> World<'a> {
     /// `/dev/kvm`, a VM with or without controllers and memory, and up to two vCPUs.
     fn new(tape: &mut Tape, arena: &'a Arena) -> Self {
         let system = Door::open();
-        let vm = system.made(KVM_CREATE_VM, 0, arena).expect("a VM");
+        let how = tape.byte();
+        let kind = u64::from(how >> 6 & 1);
+        let vm = system.made(KVM_CREATE_VM, kind, arena).expect("a VM");
         let mut world = Self {
             arena,
             handles: vec![system, vm],
         };
-        let how = tape.byte();
         let vm = &world.handles[1];
         match how & 3 {
             0 => {}
@@ -88,7 +89,7 @@ impl<'a> World<'a> {
             }
         }
         if how & 4 != 0 {
-            let region = arena.put(&argument::ram(arena, how & 32 != 0));
+            let region = arena.put(&argument::ram(arena, how & 96 == 32));
             vm.number(KVM_SET_USER_MEMORY_REGION, region, arena)
                 .expect("RAM");
         }

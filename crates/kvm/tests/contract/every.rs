@@ -31,7 +31,7 @@ impl Handles {
             ObjectKind::Vm => Some(&self.f.vm),
             ObjectKind::Vcpu => Some(&self.vcpu),
             ObjectKind::Device => Some(&self.device),
-            ObjectKind::Stats => None,
+            ObjectKind::Stats | ObjectKind::GuestMemfd => None,
         }
     }
 }

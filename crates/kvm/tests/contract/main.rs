@@ -8,6 +8,7 @@ mod devices;
 mod dirty_log;
 mod dirty_ring;
 mod every;
+mod guest_memfd;
 mod interrupts;
 mod io;
 mod memory;

@@ -204,6 +204,7 @@ fn made_by(request: u32) -> Option<ObjectKind> {
         KVM_CREATE_VM => Some(ObjectKind::Vm),
         KVM_CREATE_VCPU => Some(ObjectKind::Vcpu),
         KVM_GET_STATS_FD => Some(ObjectKind::Stats),
+        KVM_CREATE_GUEST_MEMFD => Some(ObjectKind::GuestMemfd),
         _ => None,
     }
 }

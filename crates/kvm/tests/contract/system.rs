@@ -20,10 +20,11 @@ pub fn api_version_and_mmap_size_take_no_argument() {
 }
 
 #[test]
-pub fn create_vm_knows_one_type() {
+pub fn create_vm_knows_two_types() {
     let f = Fixture::new();
-    assert_eq!(f.system(KVM_CREATE_VM, 1), Err(Errno::EINVAL));
+    assert_eq!(f.system(KVM_CREATE_VM, 2), Err(Errno::EINVAL));
     assert_eq!(f.system(KVM_CREATE_VM, u64::MAX), Err(Errno::EINVAL));
+    assert_eq!(f.system(KVM_CREATE_VM, 1 << 32), Err(Errno::EINVAL));
     let vm = f.kvm.make(KVM_CREATE_VM, 0, &f.user).unwrap();
     assert_eq!(vm.kind(), ObjectKind::Vm);
 }
