@@ -139,6 +139,15 @@ impl Cpu {
     /// that ends a block, with its bytes.
     pub fn code_behind(&mut self, host: u64) -> Option<(Vec<Insn>, Box<[u8]>)> {
         let page = HostPage(host & !(PAGE - 1));
+        let known = self.blocks.find(host, self.mode);
+        if let Some(block) = known.and_then(|id| self.blocks.get(id))
+            && !block.insns.is_empty()
+        {
+            let (insns, bytes) = (block.insns.to_vec(), block.bytes.clone());
+            if self.code_is(host, &bytes) {
+                return Some((insns, bytes));
+            }
+        }
         let block = self.build_block(page, (host % PAGE) as usize).ok()??;
         Some((block.insns.into_vec(), block.bytes))
     }

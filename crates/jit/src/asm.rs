@@ -1,5 +1,7 @@
 //! Emitting host instructions, and the few branches that are patched by hand.
 
+use std::sync::OnceLock;
+
 use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, OpKind, Register};
 
 use crate::encode::{self, Operand};
@@ -14,6 +16,23 @@ pub struct Asm {
     pub keeps_flags: bool,
     encoder: Encoder,
     bytes: Vec<u8>,
+}
+
+/// See [`Asm::constant`].
+pub struct Constant {
+    emit: fn(&mut Asm) -> Result<(), IcedError>,
+    /// The code, and whether it leaves RCX alone.
+    made: OnceLock<(Vec<u8>, bool)>,
+}
+
+impl Constant {
+    /// What the function emits, which has no branches.
+    pub const fn new(emit: fn(&mut Asm) -> Result<(), IcedError>) -> Self {
+        Self {
+            emit,
+            made: OnceLock::new(),
+        }
+    }
 }
 
 /// A 32-bit branch displacement to be filled in: the position of its four bytes.
@@ -49,13 +68,13 @@ pub fn indexed(base: Register, index: Register, scale: u32, displacement: i64) -
 }
 
 impl Asm {
-    /// Nothing yet.
-    pub fn new() -> Self {
+    /// Nothing yet, with room for so many bytes.
+    pub fn with_room(bytes: usize) -> Self {
         Self {
             pointer: None,
             keeps_flags: false,
             encoder: Encoder::new(64),
-            bytes: Vec::with_capacity(1024),
+            bytes: Vec::with_capacity(bytes),
         }
     }
     /// Where the next instruction will be.
@@ -91,23 +110,45 @@ impl Asm {
         to: impl Into<Operand>,
         from: impl Into<Operand>,
     ) -> Result<(), IcedError> {
-        use Operand as O;
         let operands = [to.into(), from.into()];
         let Some(encoded) = encode::operands(code, &operands) else {
-            let insn = match operands {
-                [O::Register(to), O::Register(from)] => Instruction::with2(code, to, from),
-                [O::Register(to), O::Memory(from)] => Instruction::with2(code, to, from),
-                [O::Register(to), O::Immediate(n)] => Instruction::with2(code, to, n),
-                [O::Memory(to), O::Register(from)] => Instruction::with2(code, to, from),
-                [O::Memory(to), O::Immediate(n)] => Instruction::with2(code, to, n as i32),
-                [to, from] => unreachable!("{code:?} {to:?} {from:?}"),
-            };
-            return self.put(&insn?);
+            return self.emit_rare(code, operands);
         };
         if operands.iter().any(is_pointer) {
             self.pointer = None;
         }
         encoded.append_to(&mut self.bytes);
+        Ok(())
+    }
+    #[cold]
+    fn emit_rare(&mut self, code: Code, operands: [Operand; 2]) -> Result<(), IcedError> {
+        use Operand as O;
+        let insn = match operands {
+            [O::Register(to), O::Register(from)] => Instruction::with2(code, to, from),
+            [O::Register(to), O::Memory(from)] => Instruction::with2(code, to, from),
+            [O::Register(to), O::Immediate(n)] => Instruction::with2(code, to, n),
+            [O::Memory(to), O::Register(from)] => Instruction::with2(code, to, from),
+            [O::Memory(to), O::Immediate(n)] => Instruction::with2(code, to, n as i32),
+            [to, from] => unreachable!("{code:?} {to:?} {from:?}"),
+        };
+        self.put(&insn?)
+    }
+    /// Appends code that is the same wherever it stands, and is encoded only once.
+    pub fn constant(&mut self, code: &Constant) -> Result<(), IcedError> {
+        let made = match code.made.get() {
+            Some(made) => made,
+            None => {
+                let mut a = Self::with_room(64);
+                a.pointer = Some(0);
+                (code.emit)(&mut a)?;
+                let keeps_pointer = a.pointer.is_some();
+                code.made.get_or_init(|| (a.into_bytes(), keeps_pointer))
+            }
+        };
+        self.bytes.extend_from_slice(&made.0);
+        if !made.1 {
+            self.pointer = None;
+        }
         Ok(())
     }
     fn branch(&mut self, opcode: &[u8]) -> Hole {

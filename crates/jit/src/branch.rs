@@ -9,7 +9,7 @@ use std::mem::offset_of;
 use anykvm_cpu::Insn;
 use iced_x86::{Code, FlowControl, IcedError, Instruction, MemoryOperand, OpKind, Register};
 
-use crate::asm::{Asm, Hole, at, slot};
+use crate::asm::{Asm, Constant, Hole, at, slot};
 use crate::exits::Wish;
 use crate::flags::Flags;
 use crate::legacy::Word;
@@ -218,17 +218,15 @@ fn relative(a: &mut Asm, word: Word, offset: i64) -> Result<(), IcedError> {
 /// Looks the RIP in R15 up in the current view. Destroys the flags; leaves the address of the view's
 /// entry in RCX. Returns the branch that is taken if it is another RIP's.
 fn look_up(a: &mut Asm) -> Result<Hole, IcedError> {
-    let index = Instruction::with2(Code::Movzx_r32_rm16, Register::ECX, Register::R15W)?;
-    a.put(&index)?;
-    a.emit(
-        Code::Shl_rm32_imm8,
-        Register::ECX,
-        size_of::<Jump>().trailing_zeros(),
-    )?;
-    let table = slot(Slot::Jumps);
-    a.emit(Code::Add_r64_rm64, POINTER, table)?;
-    let rip = at(POINTER, offset_of!(Jump, rip) as i64);
-    a.emit(Code::Cmp_r64_rm64, SCRATCH, rip)?;
+    static LOOK_UP: Constant = Constant::new(|a| {
+        a.emit(Code::Movzx_r32_rm16, Register::ECX, Register::R15W)?;
+        let shift = size_of::<Jump>().trailing_zeros();
+        a.emit(Code::Shl_rm32_imm8, Register::ECX, shift)?;
+        a.emit(Code::Add_r64_rm64, POINTER, slot(Slot::Jumps))?;
+        let rip = at(POINTER, offset_of!(Jump, rip) as i64);
+        a.emit(Code::Cmp_r64_rm64, SCRATCH, rip)
+    });
+    a.constant(&LOOK_UP)?;
     Ok(a.jne())
 }
 
@@ -238,8 +236,11 @@ fn found() -> MemoryOperand {
 
 /// The page of the RIP in R15 becomes the current one. Destroys the flags.
 fn enter_page(a: &mut Asm) -> Result<(), IcedError> {
-    a.emit(Code::And_rm64_imm32, SCRATCH, -4096i32)?;
-    a.store(slot(Slot::Page), SCRATCH)
+    static ENTER: Constant = Constant::new(|a| {
+        a.emit(Code::And_rm64_imm32, SCRATCH, -4096)?;
+        a.store(slot(Slot::Page), SCRATCH)
+    });
+    a.constant(&ENTER)
 }
 
 /// Goes to what [`look_up`] found.

@@ -94,41 +94,35 @@ impl Encoded {
 
 /// A register's number, and what its name says of the REX prefix.
 #[derive(Clone, Copy)]
-struct Numbered {
-    number: u8,
+struct Numbered(u8);
+
+impl Numbered {
+    const NUMBER: u8 = 15;
     /// SPL, BPL, SIL, DIL.
-    needs_rex: bool,
+    const NEEDS_REX: u8 = 1 << 4;
     /// AH, CH, DH, BH.
-    forbids_rex: bool,
+    const FORBIDS_REX: u8 = 1 << 5;
+
+    fn low(self) -> u8 {
+        self.0 & 7
+    }
+    /// The upper bit of the number.
+    fn high(self) -> u8 {
+        (self.0 & Self::NUMBER) >> 3
+    }
 }
 
-const ACCUMULATOR_NUMBER: Numbered = Numbered {
-    number: 0,
-    needs_rex: false,
-    forbids_rex: false,
-};
-
 fn numbered(r: Register) -> Option<Numbered> {
-    let n = (r as usize).wrapping_sub(Register::AL as usize);
-    let plain = |number: usize| Numbered {
-        number: number as u8,
-        ..ACCUMULATOR_NUMBER
-    };
-    Some(match n {
-        0..4 => plain(n),
-        4..8 => Numbered {
-            forbids_rex: true,
-            ..plain(n)
-        },
-        8..12 => Numbered {
-            needs_rex: true,
-            ..plain(n - 4)
-        },
-        12..20 => plain(n - 4),
+    let n = (r as u8).wrapping_sub(Register::AL as u8);
+    Some(Numbered(match n {
+        0..4 => n,
+        4..8 => n | Numbered::FORBIDS_REX,
+        8..12 => (n - 4) | Numbered::NEEDS_REX,
+        12..20 => n - 4,
         // 16, 32, 64 bits.
-        20..68 => plain((n - 20) % 16),
+        20..68 => (n - 20) & Numbered::NUMBER,
         _ => return None,
-    })
+    }))
 }
 
 /// The operand that ModRM's r/m field names.
@@ -153,7 +147,7 @@ impl Form {
             e.head.push(0xf0);
         }
         let upper = match &o.rm {
-            Rm::Register(r) => r.number >> 3,
+            Rm::Register(r) => r.high(),
             Rm::Memory(m) => {
                 match m.segment_prefix {
                     Register::None => {}
@@ -166,14 +160,13 @@ impl Form {
         if self.narrow {
             e.head.push(0x66);
         }
-        let rex = u8::from(self.wide) << 3 | o.register.number >> 3 << 2 | upper;
-        let (mut needs_rex, mut forbids_rex) = (o.register.needs_rex, o.register.forbids_rex);
+        let rex = u8::from(self.wide) << 3 | o.register.high() << 2 | upper;
+        let mut names = o.register.0;
         if let Rm::Register(r) = &o.rm {
-            needs_rex |= r.needs_rex;
-            forbids_rex |= r.forbids_rex;
+            names |= r.0;
         }
-        if rex != 0 || needs_rex {
-            if forbids_rex {
+        if rex != 0 || names & Numbered::NEEDS_REX != 0 {
+            if names & Numbered::FORBIDS_REX != 0 {
                 return None;
             }
             e.head.push(0x40 | rex);
@@ -181,13 +174,13 @@ impl Form {
         if self.escape {
             e.head.push(0x0f);
         }
-        let field = (o.register.number & 7) << 3;
+        let field = o.register.low() << 3;
         match (self.place, &o.rm) {
             (Place::Accumulator, _) => e.head.push(self.opcode),
-            (Place::Opcode, Rm::Register(r)) => e.head.push(self.opcode | r.number & 7),
+            (Place::Opcode, Rm::Register(r)) => e.head.push(self.opcode | r.low()),
             (_, Rm::Register(r)) => {
                 e.head.push(self.opcode);
-                e.head.push(0xc0 | field | r.number & 7);
+                e.head.push(0xc0 | field | r.low());
             }
             (_, Rm::Memory(m)) => {
                 e.head.push(self.opcode);
@@ -205,10 +198,7 @@ impl Form {
 
     /// The register field of a form that has no register there.
     fn no_register(&self) -> Numbered {
-        Numbered {
-            number: self.extension,
-            ..ACCUMULATOR_NUMBER
-        }
+        Numbered(self.extension)
     }
 }
 

@@ -71,6 +71,14 @@ pub(crate) struct Exits {
 }
 
 impl Exits {
+    /// None yet, with room for those of a block of so many instructions.
+    pub fn for_block(insns: usize) -> Self {
+        Self {
+            list: Vec::with_capacity(insns + 4),
+            branches: Vec::with_capacity(2 * insns + 4),
+        }
+    }
+
     /// Adds an exit that is taken with these flags, where RIP is `offset` bytes from the page.
     pub fn add(&mut self, wish: Wish, offset: i64, flags: Flags) -> usize {
         let offset = offset as i32;

@@ -11,7 +11,7 @@
 
 use iced_x86::{Code, IcedError, Instruction, Mnemonic, OpKind, Register};
 
-use crate::asm::{Asm, slot};
+use crate::asm::{Asm, Constant, slot};
 use crate::regs::{SCRATCH, bit, sized};
 use crate::shared::Slot;
 
@@ -84,24 +84,22 @@ pub enum Flags {
 impl Flags {
     /// Makes sure that destroying the host's flags loses nothing.
     pub fn release(&mut self, a: &mut Asm) -> Result<(), IcedError> {
-        self.release_with(a, keep)
+        static KEEP: Constant = Constant::new(keep);
+        self.release_with(a, &KEEP)
     }
 
     /// The same where R15 is free.
     pub fn release_by_scratch(&mut self, a: &mut Asm) -> Result<(), IcedError> {
-        self.release_with(a, keep_by_scratch)
+        static KEEP: Constant = Constant::new(keep_by_scratch);
+        self.release_with(a, &KEEP)
     }
 
-    fn release_with(
-        &mut self,
-        a: &mut Asm,
-        keep: fn(&mut Asm) -> Result<(), IcedError>,
-    ) -> Result<(), IcedError> {
+    fn release_with(&mut self, a: &mut Asm, keep: &Constant) -> Result<(), IcedError> {
         if let Self::Host(recipe) = self {
             *self = match recipe.take() {
                 Some(r) => Self::Recipe(r),
                 None => {
-                    keep(a)?;
+                    a.constant(keep)?;
                     a.keeps_flags = true;
                     Self::Kept
                 }
@@ -123,7 +121,10 @@ impl Flags {
         match self {
             Self::Host(_) => Ok(()),
             Self::Recipe(r) => r.steps.iter().try_for_each(|step| a.put(step)),
-            Self::Kept => restore(a),
+            Self::Kept => {
+                static RESTORE: Constant = Constant::new(restore);
+                a.constant(&RESTORE)
+            }
         }
     }
 

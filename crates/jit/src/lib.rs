@@ -207,9 +207,9 @@ impl Jit {
         if block.heat & 0xffff < threshold {
             return None;
         }
+        let began = Instant::now();
         let mut insns = block.insns.to_vec();
         let mut bytes = block.bytes.to_vec();
-        let began = Instant::now();
         extent::extend(cpu, place.0, &mut insns, &mut bytes);
         let made = self.make(place, insns.into(), bytes.into(), mode, None);
         self.stats.translation_ns += began.elapsed().as_nanos() as u64;

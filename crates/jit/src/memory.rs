@@ -9,7 +9,7 @@ use anykvm_cpu::state::{reg, seg};
 use anykvm_cpu::translator::{TLB_ADDEND, TLB_INDEX_MASK, TLB_INDEX_SHIFT, TLB_READ, TLB_WRITE};
 use iced_x86::{Code, IcedError, MemoryOperand, Register};
 
-use crate::asm::{Asm, Hole, at, indexed, slot};
+use crate::asm::{Asm, Constant, Hole, at, indexed, slot};
 use crate::legacy::{Word, low_half};
 use crate::regs::{Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
@@ -240,9 +240,12 @@ pub struct Misses {
 pub fn check(a: &mut Asm, address: &Address, bytes: &Bytes) -> Result<Misses, IcedError> {
     address.compute(a, SCRATCH, bytes.from)?;
     let unaligned = test_alignment(a, bytes.align)?;
-    a.emit(Code::Shr_rm64_imm8, SCRATCH, TLB_INDEX_SHIFT)?;
-    a.emit(Code::And_rm32_imm32, Register::R15D, TLB_INDEX_MASK)?;
-    a.emit(Code::Add_r64_rm64, SCRATCH, slot(Slot::Level1))?;
+    static ENTRY: Constant = Constant::new(|a| {
+        a.emit(Code::Shr_rm64_imm8, SCRATCH, TLB_INDEX_SHIFT)?;
+        a.emit(Code::And_rm32_imm32, Register::R15D, TLB_INDEX_MASK)?;
+        a.emit(Code::Add_r64_rm64, SCRATCH, slot(Slot::Level1))
+    });
+    a.constant(&ENTRY)?;
     address.compute(a, POINTER, bytes.from + bytes.count as i64 - 1)?;
     a.emit(Code::And_rm64_imm32, POINTER, -4096i32)?;
     a.emit(Code::Or_r64_rm64, POINTER, slot(address.asn()))?;

@@ -93,7 +93,7 @@ fn register(n: usize) -> iced_x86::MemoryOperand {
 
 /// Generates the stubs; their addresses are relative to the code.
 pub fn stubs() -> Result<(Vec<u8>, Stubs), IcedError> {
-    let mut a = Asm::new();
+    let mut a = Asm::with_room(4096);
     let nothing = a.here();
     a.put(&Instruction::with(Code::Retnq))?;
     let [sse, avx, avx512] = vectors::loaders(&mut a)?;

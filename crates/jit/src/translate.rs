@@ -6,10 +6,10 @@
 //! interpreter carries it out, and the block is entered again behind it.
 
 use anykvm_cpu::Insn;
-use iced_x86::{FlowControl, IcedError, InstructionInfoFactory, Register};
+use iced_x86::{Code, FlowControl, IcedError, InstructionInfoFactory, Register};
 
 use crate::access::{Probe, Refill};
-use crate::asm::{Asm, Hole, at, slot};
+use crate::asm::{Asm, Constant, Hole, at, slot};
 use crate::branch::{self, Crossing};
 use crate::exits::{Exit, Exits, Wish};
 use crate::extent;
@@ -165,12 +165,12 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
     let plans = simple::plans(insns, start as i64, &mut factory);
     let windows = !manner.apart && is_loop(insns, start as i64);
     let mut b = Block {
-        a: Asm::new(),
+        a: Asm::with_room(64 * insns.len() + 256),
         flags: Flags::Host(manner.recipe),
         late: Vec::new(),
         crossings: Vec::new(),
-        exits: Exits::default(),
-        accesses: Vec::new(),
+        exits: Exits::for_block(insns.len()),
+        accesses: Vec::with_capacity(insns.len()),
         resumptions: Vec::new(),
         first_exit,
         start: start as i64,
@@ -188,8 +188,8 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         addends: Vec::new(),
         windows: windows.then(|| window::Taken::new(manner.windows, manner.user)),
         probes: Vec::new(),
-        refills: Vec::new(),
-        outward: Vec::new(),
+        refills: Vec::with_capacity(insns.len()),
+        outward: Vec::with_capacity(2 * insns.len() + 4),
         recipes: Vec::new(),
         fault_exit: None,
         counted: 0,
@@ -212,8 +212,11 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         b.x87_test(loader)?;
     }
     let warm = b.a.here();
-    b.a.load(POINTER, slot(Slot::Go))?;
-    b.a.emit(iced_x86::Code::Mov_r32_rm32, Register::ECX, at(POINTER, 0))?;
+    static GO: Constant = Constant::new(|a| {
+        a.load(POINTER, slot(Slot::Go))?;
+        a.emit(Code::Mov_r32_rm32, Register::ECX, at(POINTER, 0))
+    });
+    b.a.constant(&GO)?;
     b.a.jrcxz_back(island.0 - 1);
     let entries = [checked, warm, b.a.here()];
     if let Some(counter) = executions {
@@ -306,7 +309,7 @@ impl Block {
 
     /// Adds one to a counter, leaving the flags alone.
     fn count_execution(&mut self, counter: u64) -> Result<(), IcedError> {
-        let mov = iced_x86::Code::Mov_r64_imm64;
+        let mov = Code::Mov_r64_imm64;
         self.a.emit(mov, SCRATCH, counter as i64)?;
         self.a.load(POINTER, at(SCRATCH, 0))?;
         self.a.lea(POINTER, at(POINTER, 1))?;
