@@ -118,6 +118,12 @@ fn kicks() {
     run("kicks");
 }
 
+/// The short form of `cargo xtask signals`.
+#[test]
+fn signal_stress() {
+    run("signal_stress");
+}
+
 /// pthread_cancel of a thread in KVM_RUN.
 #[test]
 fn cancel() {

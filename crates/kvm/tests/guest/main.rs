@@ -5,6 +5,7 @@
 mod clock;
 mod interrupts;
 mod io;
+mod kicks;
 mod memory;
 mod msrs;
 mod translation;
