@@ -83,6 +83,8 @@ pub struct Cpu {
     pub(crate) leave: bool,
     /// Events must be looked at before the next block.
     pub(crate) check_events: bool,
+    /// What the owner's calls have left to do before the next instruction.
+    pub(crate) stale: Stale,
     /// An event, not an instruction, is on its way through the IDT.
     pub(crate) delivering: bool,
     /// The interrupt shadow before the current instruction.
@@ -104,6 +106,17 @@ pub struct Cpu {
     pub(crate) counted: Counted,
     /// Where native assist exchanges operands with the host's registers.
     pub(crate) assist: crate::assist::Frame,
+}
+
+/// What no longer holds, of what was derived from state and memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Stale {
+    /// All of it does.
+    Nothing,
+    /// Code found by its address.
+    Code,
+    /// All translations, too.
+    Everything,
 }
 
 impl std::fmt::Debug for Cpu {
@@ -151,6 +164,7 @@ impl Cpu {
             exit: None,
             leave: false,
             check_events: true,
+            stale: Stale::Nothing,
             delivering: false,
             prior_shadow: 0,
             debug_hits: 0,
@@ -190,21 +204,32 @@ impl Cpu {
 
     /// The owner changed `state`: everything derived from it is looked at again.
     pub fn state_changed(&mut self) {
-        self.reload_address_space();
         self.update_mode();
         // Traps wait across an entry only behind MOV SS.
         if self.state.events.shadow & SHADOW_MOV_SS == 0 {
             self.debug_hits = 0;
         }
         self.check_events = true;
-        self.new_epoch();
+        self.stale = Stale::Everything;
     }
 
     /// Code may have been changed by the owner without a trace (a debugger's breakpoint, a loaded
     /// snapshot): every block is compared with memory once more before it runs.
     pub fn new_epoch(&mut self) {
-        self.blocks.forget_jumps();
-        self.tlb.flush_l1();
+        self.stale = self.stale.max(Stale::Code);
+    }
+
+    /// Does what [`Cpu::state_changed`] and [`Cpu::new_epoch`] have put off: once for all the calls of an
+    /// owner that reads or writes one piece of state after the other.
+    pub(crate) fn settle(&mut self) {
+        match std::mem::replace(&mut self.stale, Stale::Nothing) {
+            Stale::Nothing => {}
+            Stale::Code => {
+                self.blocks.forget_jumps();
+                self.tlb.flush_exec();
+            }
+            Stale::Everything => self.reload_address_space(),
+        }
     }
 
     /// For guest memory that is accessed outside of [`Cpu::run`], but not by the TLB: uses the memory map of

@@ -89,6 +89,7 @@ pub fn state(s: &CpuState) -> String {
 impl Cpu {
     /// A readable dump of everything, with the instruction at RIP.
     pub fn dump(&mut self) -> String {
+        self.settle();
         let rip = self.state.rip();
         let (bytes, len) = self.instruction_bytes(rip);
         let mut out = state(&self.state);

@@ -36,6 +36,7 @@ impl Cpu {
     pub(crate) fn run_watched(&mut self, run: impl FnOnce(&mut Self) -> Step) -> Exit {
         let requests = self.requests.clone();
         self.participant.enter();
+        self.settle();
         let (exit, faulted) = fault::watch(&requests, || match run(self) {
             Ok(()) => Exit::Budget,
             Err(exit) => exit,

@@ -24,6 +24,8 @@ const L2: usize = 8192;
 const KEYED: usize = 256;
 /// Entries for instruction fetch.
 const EXEC: usize = 1024;
+/// Instruction entries that are dropped one by one.
+const FEW: usize = 64;
 /// A tag nothing compares equal to.
 pub(super) const INVALID: u64 = u64::MAX;
 /// The number of global pages.
@@ -120,6 +122,8 @@ pub struct Tlb {
     ready: Ready,
     l2: Box<[Walked]>,
     exec: Box<[[ExecEntry; EXEC]; 2]>,
+    /// Which instruction entries were filled since they were dropped, while they are few.
+    exec_filled: Vec<(u8, u16)>,
     /// Entries of level 1 whose page has a key other than 0, so that a change of PKRU need not drop
     /// the others. Once it is full it no longer names all of them.
     keyed: Vec<Keyed>,
@@ -155,6 +159,7 @@ impl Default for Tlb {
                 L2
             ]
             .into_boxed_slice(),
+            exec_filled: Vec::with_capacity(FEW),
             exec: Box::new(
                 [[ExecEntry {
                     tag: INVALID,
@@ -265,6 +270,10 @@ impl Tlb {
     /// Fills an instruction-fetch entry.
     pub fn fill_exec(&mut self, user: bool, linear: u64, host_page: u64, global: bool) {
         let tag = page_of(linear) | if global { GLOBAL } else { self.asn };
+        if self.exec_filled.len() < FEW {
+            self.exec_filled
+                .push((user.into(), index(linear, EXEC) as u16));
+        }
         self.exec[usize::from(user)][index(linear, EXEC)] = ExecEntry {
             tag,
             host: host_page,
@@ -330,12 +339,25 @@ impl Tlb {
     /// Drops level 1 and the instruction entries: rights must be looked up again.
     pub fn flush_l1(&mut self) {
         self.flush_data();
+        self.flush_exec();
+    }
+    /// Drops the instruction entries.
+    pub fn flush_exec(&mut self) {
+        const EMPTY: ExecEntry = ExecEntry {
+            tag: INVALID,
+            host: 0,
+            note: 0,
+        };
+        // A monitor that looks at registers at every exit pays for what ran between two exits only.
+        if self.exec_filled.len() < FEW {
+            for (set, n) in self.exec_filled.drain(..) {
+                self.exec[usize::from(set)][usize::from(n)] = EMPTY;
+            }
+            return;
+        }
+        self.exec_filled.clear();
         for set in self.exec.iter_mut() {
-            set.fill(ExecEntry {
-                tag: INVALID,
-                host: 0,
-                note: 0,
-            });
+            set.fill(EMPTY);
         }
     }
     fn flush_data(&mut self) {
