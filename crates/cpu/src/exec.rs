@@ -155,24 +155,24 @@ impl Cpu {
             self.check_events = true;
             return Err(Exit::IoapicEoi { vector });
         }
-        let stepping_without_irq = self.guest_debug.single_step && self.guest_debug.block_irq;
+        if self.guest_debug.block_irq {
+            // Looked at again when the debugger has changed its mind, which is an owner's call.
+            self.check_events = shadow != 0;
+            return Ok(false);
+        }
         if self.state.events.smi_pending && !self.state.events.smm {
             self.state.events.smi_pending = false;
             self.check_events = true;
             self.enter_smm().map_err(|_| Self::delivery_failed(0))?;
             return Ok(true);
         }
-        if self.state.events.nmi_pending > 0
-            && !self.state.events.nmi_masked
-            && shadow == 0
-            && !stepping_without_irq
-        {
+        if self.state.events.nmi_pending > 0 && !self.state.events.nmi_masked && shadow == 0 {
             self.state.events.nmi_pending -= 1;
             self.state.events.nmi_injected = true;
             self.state.events.nmi_masked = true;
             return self.deliver_nmi();
         }
-        let open = self.state.rflags & rflags::IF != 0 && shadow == 0 && !stepping_without_irq;
+        let open = self.state.rflags & rflags::IF != 0 && shadow == 0;
         if open {
             if self.machine.interrupt_pending()
                 && let Some(vector) = self.machine.acknowledge_interrupt()
@@ -225,6 +225,10 @@ impl Cpu {
         self.counters.events += 1;
         self.exit = None;
         done.map_err(|_| Self::delivery_failed(vector))?;
+        if self.guest_debug.single_step && !self.state.events.triple_fault {
+            // A step of its own: the debugger sees the handler's first instruction.
+            return Err(self.step_exit(0));
+        }
         Ok(true)
     }
     fn delivery_failed(vector: u8) -> Exit {
@@ -362,7 +366,9 @@ impl Cpu {
             }
             Stop::Exit => {
                 self.state.set_rip(rip);
-                if let Some(insn) = insn {
+                // What a debugger is shown is no operation to complete.
+                let debug = matches!(self.exit, Some(Exit::Debug { .. }));
+                if let Some(insn) = insn.filter(|_| !debug) {
                     self.set_replay(insn);
                 }
                 Err(self.exit.take().unwrap_or(Exit::Request))

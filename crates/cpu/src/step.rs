@@ -4,7 +4,7 @@
 use iced_x86::{FlowControl, Mnemonic};
 
 use crate::cpu::Cpu;
-use crate::debug::{self, DEBUGCTL_BTF, DEBUGCTL_LBR, DR6_BREAKPOINTS, DR6_BS, DR6_FIXED, Watch};
+use crate::debug::{self, DEBUGCTL_BTF, DEBUGCTL_LBR, DR6_BS, DR6_FIXED, Watch};
 use crate::decode::Insn;
 use crate::events::{SHADOW_MOV_SS, vector};
 use crate::exec::Step;
@@ -122,11 +122,7 @@ impl Cpu {
                 // The store's exit comes first; the step is reported on re-entry by its own step.
                 return self.after_writes();
             }
-            return Err(Exit::Debug {
-                vector: vector::DB,
-                dr6: bits | DR6_BS | DR6_FIXED,
-                dr7: self.breakpoints().1,
-            });
+            return Err(self.step_exit(bits));
         }
         if bits != 0 {
             self.debug_exception(bits, true)?;
@@ -230,15 +226,24 @@ impl Cpu {
         self.next_write().map_or(Ok(()), Err)
     }
 
-    /// A #DB with these DR6 bits: to the debugger if it armed the breakpoints, else to the guest.
+    /// The exit of a debugger's single step, with the DR6 bits of what else trapped.
+    pub(crate) fn step_exit(&self, bits: u64) -> Exit {
+        self.debug_exit(bits | DR6_BS)
+    }
+
+    fn debug_exit(&self, bits: u64) -> Exit {
+        Exit::Debug {
+            vector: vector::DB,
+            dr6: bits | DR6_FIXED,
+            dr7: self.breakpoints().1,
+        }
+    }
+
+    /// A #DB with these DR6 bits: to the debugger if it steps or has armed breakpoints, whoever caused it
+    /// (`handle_exception_nmi` and `db_interception` of KVM), else to the guest.
     fn debug_exception(&mut self, bits: u64, trap: bool) -> Step {
-        if self.guest_debug.hardware_breakpoints && bits & DR6_BREAKPOINTS != 0 {
-            let dr7 = self.guest_debug.dr7;
-            return Err(Exit::Debug {
-                vector: vector::DB,
-                dr6: bits | DR6_FIXED,
-                dr7,
-            });
+        if self.guest_debug.hardware_breakpoints || self.guest_debug.single_step {
+            return Err(self.debug_exit(bits));
         }
         self.queue_fault(Fault {
             vector: vector::DB,

@@ -7,6 +7,7 @@ mod changing;
 mod debug;
 mod dirty;
 mod dirty_ring;
+mod guest_debug;
 mod kicks;
 mod snapshots;
 
