@@ -5,7 +5,9 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #define NEED(condition)                                                       \
@@ -31,6 +33,7 @@ static struct kvm_lapic_state lapic;
 static struct kvm_msrs *msrs;
 static void *xsave;
 static int count;
+static struct kvm_run *run;
 
 static void look(void)
 {
@@ -96,10 +99,49 @@ static void restore(void)
 	NEED(ioctl(vcpu, KVM_SET_DEBUGREGS, &debugregs) == 0);
 }
 
+/* One turn of a guest's loop that writes to a port. */
+static void leave(void)
+{
+	NEED(ioctl(vcpu, KVM_RUN, 0) == 0 && run->exit_reason == KVM_EXIT_IO);
+}
+
+static void leave_and_look(void)
+{
+	leave();
+	look();
+}
+
+static void leave_save_and_restore(void)
+{
+	leave();
+	save();
+	restore();
+}
+
 static void both(void)
 {
 	save();
 	restore();
+}
+
+/* Memory, and the vCPU in front of its loop. */
+static void start(int vm)
+{
+	static uint8_t memory[8192] __attribute__((aligned(4096)));
+	struct kvm_userspace_memory_region region = {
+		.memory_size = sizeof(memory), .userspace_addr = (uintptr_t)memory,
+	};
+	/* out 0x10, al; jmp back */
+	memcpy(memory + 0x1000, "\xe6\x10\xeb\xfc", 4);
+	NEED(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
+	run = mmap(NULL, 12288, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	NEED(run != MAP_FAILED);
+	NEED(ioctl(vcpu, KVM_GET_SREGS, &sregs) == 0);
+	sregs.cs.base = sregs.cs.selector = 0;
+	NEED(ioctl(vcpu, KVM_SET_SREGS, &sregs) == 0);
+	regs.rip = 0x1000;
+	regs.rflags = 2;
+	NEED(ioctl(vcpu, KVM_SET_REGS, &regs) == 0);
 }
 
 static double now(void)
@@ -136,6 +178,7 @@ int main(void)
 	NEED((vm = ioctl(kvm, KVM_CREATE_VM, 0)) >= 0);
 	NEED(ioctl(vm, KVM_CREATE_IRQCHIP, 0) == 0);
 	NEED((vcpu = ioctl(vm, KVM_CREATE_VCPU, 0)) >= 0);
+	start(vm);
 	cpuid->head.nent = 256;
 	NEED(ioctl(kvm, KVM_GET_SUPPORTED_CPUID, cpuid) == 0);
 	NEED(ioctl(vcpu, KVM_SET_CPUID2, cpuid) == 0);
@@ -155,6 +198,9 @@ int main(void)
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	printf("%-32s %10s\n", "state", "ns");
 	measure("get REGS+SREGS+DEBUGREGS+EVENTS", look);
+	measure("exit", leave);
+	measure("exit, and these", leave_and_look);
+	measure("exit, save and restore", leave_save_and_restore);
 	measure("save and restore", both);
 	measure("  save", save);
 	measure("  restore", restore);

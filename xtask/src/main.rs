@@ -1,5 +1,5 @@
-//! The project's chores: `cargo xtask demo | test | stress | migrate | selftests | kvm-ioctls | bench | diff |
-//! boundary | fuzz | docs | golden`.
+//! The project's chores: `cargo xtask demo | test | stress | migrate | signals | selftests | kvm-ioctls | bench |
+//! diff | boundary | fuzz | docs | golden`.
 
 #![forbid(unsafe_code)]
 
@@ -15,6 +15,7 @@ mod guest;
 mod process;
 mod qmp;
 mod selftests;
+mod signals;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -41,6 +42,8 @@ enum Task {
     Stress(e2e::StressArgs),
     /// Move a busy guest from one QEMU to another and back, or save and load it
     Migrate(e2e::MigrateArgs),
+    /// Kick vCPU threads a million times, in every way a monitor has
+    Signals(signals::SignalArgs),
     /// Run the tests of the crate kvm-ioctls
     KvmIoctls,
     /// Run KVM's own test programs
@@ -79,6 +82,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Test(args) => e2e::run(&args),
         Task::Stress(args) => e2e::stress(&args),
         Task::Migrate(args) => e2e::migrate(&args),
+        Task::Signals(args) => signals::run(&args),
         Task::KvmIoctls => crate_tests::run(),
         Task::Selftests(args) => selftests::run(&args),
         Task::Bench(args) => bench::run(&args),

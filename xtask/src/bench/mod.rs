@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::guest::{self, Guest, Overlay};
 use crate::process::{self, Outcome};
-use crate::{build, progress};
+use crate::{build, progress, workspace};
 
 #[derive(clap::Args)]
 pub struct BenchArgs {
@@ -36,7 +36,7 @@ enum BenchTask {
     Work,
     /// Two processes side by side, on one processor and on two
     Pair,
-    /// Port I/O exits in a loop under the Rust API
+    /// Exits in a loop under the Rust API, and the cost of reading and writing a vCPU's state
     Exits,
 }
 
@@ -177,14 +177,39 @@ fn host_khz() -> Result<u64> {
         .context("/proc/cpuinfo names no frequency")
 }
 
-/// The cost of exits, as the program prints it.
+/// The cost of exits, and of a vCPU's state, as the programs print it.
 fn exits() -> Result<String> {
     build::release(&["anykvm-benches"])?;
-    let output = Command::new(build::target().join("release/exits"))
-        .output()
-        .context("cannot start the benchmark")?;
+    let anykvm = build::anykvm()?;
+    let folder = build::target().join("bench");
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let state = folder.join("state");
+    let status = Command::new("cc")
+        .args(["-O2", "-Wall", "-Werror"])
+        .arg(workspace().join("benches/programs/state.c"))
+        .arg("-o")
+        .arg(&state)
+        .status()
+        .context("cannot start cc")?;
+    if !status.success() {
+        bail!("cannot compile the benchmark of a vCPU's state");
+    }
+    let mut under_shim = Command::new(&anykvm);
+    under_shim
+        .args(["run", "--backend", "soft", "--"])
+        .arg(&state);
+    let exits = printed(&mut Command::new(build::target().join("release/exits")))?;
+    Ok(exits + "\n" + &printed(&mut under_shim)?)
+}
+
+/// What a program prints.
+fn printed(command: &mut Command) -> Result<String> {
+    let output = command.output().context("cannot start the benchmark")?;
     if !output.status.success() {
-        bail!("the benchmark of exits failed");
+        bail!(
+            "the benchmark of exits failed: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     String::from_utf8(output.stdout).context("the benchmark of exits printed no text")
 }

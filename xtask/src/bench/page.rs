@@ -94,7 +94,8 @@ fn page(work: &Work, boots: &Boots, pairs: &Pairs, exits: &str) -> Result<String
     }
     writeln!(
         text,
-        "\n## Exits\n\nNanoseconds from a guest to its monitor and back, through the Rust API.\n"
+        "\n## Exits\n\nNanoseconds from a guest to its monitor and back, through the Rust API; and for a vCPU's state, through \
+         the ioctls\nof an unmodified program (`benches/programs/state.c`).\n"
     )?;
     for line in exits.lines() {
         writeln!(text, "    {line}")?;
