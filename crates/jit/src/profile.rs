@@ -1,6 +1,6 @@
 //! Which blocks are hot: every execution of a translation is counted, and from time to time a list of the
 //! blocks that executed the most instructions is written to a file, with the guest's code and what it
-//! was translated to.
+//! was translated to; then which instructions were left to the interpreter, and how often.
 //!
 //! The file is opened when the processor is made, before a monitor may forbid it, and written anew every
 //! few seconds while the guest runs, and when the processor goes: a monitor that is killed leaves a
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anykvm_cpu::Insn;
-use iced_x86::CodeSize;
+use iced_x86::{Code, CodeSize};
 
 use crate::listing::listing;
 
@@ -33,11 +33,11 @@ struct Seen {
     insns: Arc<[Insn]>,
     bytes: Box<[u8]>,
     /// Where its code is, or the code itself once it is gone from there.
-    code: Code,
+    code: Place,
     counter: usize,
 }
 
-enum Code {
+enum Place {
     At(u64, usize),
     Kept(Vec<u8>),
 }
@@ -48,6 +48,8 @@ pub struct Profile {
     counters: Vec<Box<[u64]>>,
     used: usize,
     seen: Vec<Seen>,
+    /// Instructions that translated code left to the interpreter, and how often.
+    left: HashMap<Code, u64>,
     /// Where the guest is.
     rip: u64,
     /// Turns until the clock is looked at again.
@@ -63,6 +65,7 @@ impl Profile {
             counters: Vec::new(),
             used: 0,
             seen: Vec::new(),
+            left: HashMap::new(),
             rip: 0,
             patience: 0,
             written: Instant::now(),
@@ -98,9 +101,14 @@ impl Profile {
             rip: self.rip,
             insns,
             bytes,
-            code: Code::At(at.0, at.1),
+            code: Place::At(at.0, at.1),
             counter,
         });
+    }
+
+    /// Translated code has left this instruction to the interpreter.
+    pub(crate) fn left(&mut self, insn: &Insn) {
+        *self.left.entry(insn.raw.code()).or_default() += 1;
     }
 
     /// Instructions executed by a translation, at most: it may have been left early.
@@ -114,8 +122,8 @@ impl Profile {
         seen.sort_by_key(|s| std::cmp::Reverse(self.weight(s)));
         seen.truncate(KEPT);
         for s in &mut seen {
-            if let Code::At(at, len) = s.code {
-                s.code = Code::Kept(read(at, len));
+            if let Place::At(at, len) = s.code {
+                s.code = Place::Kept(read(at, len));
             }
         }
         self.seen = seen;
@@ -173,10 +181,25 @@ impl Profile {
             text.push_str(&listing(&seen.bytes, bits, seen.rip));
             text.push_str(" host:\n");
             text.push_str(&match &seen.code {
-                Code::At(at, len) => listing(&read(*at, *len), 64, 0),
-                Code::Kept(code) => listing(code, 64, 0),
+                Place::At(at, len) => listing(&read(*at, *len), 64, 0),
+                Place::Kept(code) => listing(code, 64, 0),
             });
         }
+        self.list_left(&mut text);
         text
+    }
+
+    /// Those that are never translated, and those whose access to memory failed.
+    fn list_left(&self, text: &mut String) {
+        let mut left: Vec<(Code, u64)> = self.left.iter().map(|(c, n)| (*c, *n)).collect();
+        left.sort_by_key(|(code, times)| (std::cmp::Reverse(*times), *code));
+        let total: u64 = left.iter().map(|(_, times)| times).sum();
+        let _ = writeln!(
+            text,
+            "\n{total} times an instruction was left to the interpreter:"
+        );
+        for (code, times) in left {
+            let _ = writeln!(text, "{times:>12} {code:?}");
+        }
     }
 }

@@ -180,6 +180,9 @@ impl Jit {
                         return Ok(false);
                     };
                     self.stats.left += 1;
+                    if let Some(profile) = &mut self.profile {
+                        profile.left(insn);
+                    }
                     let go_on = cpu.interpret(insn)?;
                     let (user, now) = (cpu.mode().user(), cpu.tlb_state());
                     let dropped = self.shared.windows.empty_if_changed(user, now);

@@ -292,6 +292,8 @@ impl Vm {
             piece.merge_into(table);
         }
         self.count(VmStat::MemslotChanges);
+        self.stats
+            .set(VmStat::EngineMemory as usize, self.memory.memory_bytes());
     }
 }
 

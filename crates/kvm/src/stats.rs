@@ -146,32 +146,35 @@ fn name(text: &str) -> [u8; KVM_STATS_NAME_SIZE] {
 }
 
 macro_rules! vm_statistics {
-    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
+    ($($(#[$doc:meta])* $name:ident = $kind:ident $text:literal;)*) => {
         /// The statistics of a VM.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum VmStat {
             $($(#[$doc])* $name,)*
         }
         /// Their descriptors, in the same order.
-        pub(crate) const VM_STATISTICS: &[Statistic] = &[$(Statistic::counter($text)),*];
+        pub(crate) const VM_STATISTICS: &[Statistic] = &[$(Statistic::$kind($text)),*];
     };
 }
 
 vm_statistics! {
     /// Changes of memory slots.
-    MemslotChanges = "memslot_changes";
+    MemslotChanges = counter "memslot_changes";
     /// Levels given to GSIs by KVM_IRQ_LINE.
-    IrqLines = "irq_lines";
+    IrqLines = counter "irq_lines";
     /// Interrupts from irqfds.
-    Irqfds = "irqfd_injections";
+    Irqfds = counter "irqfd_injections";
     /// Interrupts from KVM_SIGNAL_MSI.
-    Msis = "msi_injections";
+    Msis = counter "msi_injections";
     /// Accesses that signalled an ioeventfd.
-    Ioeventfds = "ioeventfd_signals";
+    Ioeventfds = counter "ioeventfd_signals";
     /// Writes put into the coalesced ring.
-    Coalesced = "coalesced_writes";
+    Coalesced = counter "coalesced_writes";
     /// Wake-ups of the event thread.
-    EventThread = "event_thread_wakeups";
+    EventThread = counter "event_thread_wakeups";
+    /// Memory that the VM holds beside guest RAM and what its processors hold: records of the pages that code
+    /// ran from, dirty logs.
+    EngineMemory = bytes "vm_engine_memory_bytes";
 }
 
 #[cfg(test)]

@@ -7,7 +7,9 @@
 #include "linux.h"
 
 #define PROT_READ_WRITE 3
+#define MAP_SHARED 1
 #define MAP_PRIVATE_ANONYMOUS 0x22
+#define O_RDWR_SYNC 010004002
 #define CLOCK_MONOTONIC 1
 #define SIGCHLD 17
 #define KEEP(value) asm volatile("" : : "r"(value) : "memory")
@@ -266,16 +268,35 @@ static int pair(void)
     return 0;
 }
 
+/* Where anykvm's built-in monitor takes marks, as a number for each; counts of instructions go with them. */
+#define MARKS 0xd0100000
+
+static volatile u32 *marks;
+
+static int find_marks(void)
+{
+    long fd = call(__NR_open, (long)"/dev/mem", O_RDWR_SYNC, 0, 0, 0, 0);
+    long at = call(__NR_mmap, 0, 4096, PROT_READ_WRITE, MAP_SHARED, fd, MARKS);
+
+    marks = (volatile u32 *)at;
+    return fd >= 0 && at > 0;
+}
+
+/* "work pair"; "work marked": each kind with a mark in front of it and behind it, from 2 on. */
 static int check(void)
 {
     unsigned i, round;
 
-    if (initial_stack[0] > 1)
+    if (initial_stack[0] > 1 && *(const char *)initial_stack[2] == 'p')
         return pair();
+    if (initial_stack[0] > 1 && !find_marks())
+        return 1;
 
     for (i = 0; i < sizeof(kinds) / sizeof(kinds[0]); i++) {
         u64 best = ~0ull;
 
+        if (marks)
+            *marks = 2 + 2 * i;
         for (round = 0; round < 3; round++) {
             u64 start = now(), spent;
 
@@ -284,6 +305,8 @@ static int check(void)
             if (spent < best)
                 best = spent;
         }
+        if (marks)
+            *marks = 3 + 2 * i;
         print("anykvm-guest: work ");
         print(kinds[i].name);
         print(" ");

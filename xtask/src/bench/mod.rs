@@ -3,6 +3,7 @@
 
 mod boot;
 mod chart;
+mod coverage;
 mod page;
 mod pair;
 mod work;
@@ -36,6 +37,9 @@ enum BenchTask {
     Work,
     /// Two processes side by side, on one processor and on two
     Pair,
+    /// How many of a guest's instructions translated code executes, booting and in each kind of work;
+    /// writes that part of docs/benchmarks.md
+    Coverage,
     /// Exits in a loop under the Rust API, and the cost of reading and writing a vCPU's state
     Exits,
 }
@@ -50,6 +54,11 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         Some(BenchTask::Boot) => print!("{}", boot::measure(&bench)?),
         Some(BenchTask::Work) => print!("{}", work::measure(&bench)?),
         Some(BenchTask::Pair) => print!("{}", pair::measure(&bench)?),
+        Some(BenchTask::Coverage) => {
+            let coverage = coverage::measure(&bench)?;
+            print!("{coverage}");
+            coverage.write()?;
+        }
         Some(BenchTask::Exits) => {}
         None => page::write(&bench)?,
     }
@@ -113,34 +122,50 @@ impl Bench {
     /// A machine that boots and carries out a task: the same for every engine, with no serial output to
     /// speak of.
     fn machine(&self, engine: Engine, task: &str, initramfs: &Path, cpus: u32) -> Result<Command> {
-        let parameters = format!("quiet anykvm.task={task}");
-        let mut command = if engine == Engine::Tcg {
-            // Without a paravirtual clock the kernel measures the TSC against the PIT, which under TCG
-            // fails for good when the host is busy at that moment: tell it the frequency, the host's.
-            let khz = host_khz()?;
-            let mut command = Command::new("qemu-system-x86_64");
-            command
-                .args(["-M", "microvm", "-accel", "tcg,thread=multi", "-cpu", "max"])
-                .args(["-m", "256", "-smp", &cpus.to_string()])
-                .args(["-nodefaults", "-no-user-config", "-display", "none"])
-                .args(["-serial", "stdio", "-no-reboot", "-append"])
-                .arg(format!("console=ttyS0 tsc_early_khz={khz} {parameters}"))
-                .args(["-kernel".as_ref(), self.guest.kernel.as_os_str()])
-                .args(["-initrd".as_ref(), initramfs.as_os_str()]);
-            return Ok(command);
-        } else {
-            Command::new(&self.anykvm)
-        };
         let jit = match engine {
             Engine::Interpreter => "off",
-            _ => "on",
+            Engine::Translated => "on",
+            Engine::Tcg => return self.tcg(task, initramfs, cpus),
         };
+        Ok(self.translating(jit, task, initramfs, cpus))
+    }
+
+    fn tcg(&self, task: &str, initramfs: &Path, cpus: u32) -> Result<Command> {
+        // Without a paravirtual clock the kernel measures the TSC against the PIT, which under TCG
+        // fails for good when the host is busy at that moment: tell it the frequency, the host's.
+        let khz = host_khz()?;
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-M", "microvm", "-accel", "tcg,thread=multi", "-cpu", "max"])
+            .args(["-m", "256", "-smp", &cpus.to_string()])
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-serial", "stdio", "-no-reboot", "-append"])
+            .arg(format!(
+                "console=ttyS0 tsc_early_khz={khz} {}",
+                parameters(task)
+            ))
+            .args(["-kernel".as_ref(), self.guest.kernel.as_os_str()])
+            .args(["-initrd".as_ref(), initramfs.as_os_str()]);
+        Ok(command)
+    }
+
+    /// The built-in monitor, whose `--jit` is this.
+    fn translating(&self, jit: &str, task: &str, initramfs: &Path, cpus: u32) -> Command {
+        let mut command = Command::new(&self.anykvm);
         command
             .args(["boot", "--stats", "--mem", "256M", "--jit", jit])
-            .args(["--cpus", &cpus.to_string(), "--append", &parameters])
+            .args(["--cpus", &cpus.to_string(), "--append", &parameters(task)])
             .args(["--kernel".as_ref(), self.guest.kernel.as_os_str()])
             .args(["--initrd".as_ref(), initramfs.as_os_str()]);
-        Ok(command)
+        command
+    }
+
+    /// A machine that counts instructions, and what is left to the interpreter.
+    fn counting(&self, task: &str) -> Command {
+        let mut command = self.translating("count", task, &self.initramfs, 1);
+        let report = build::target().join("bench").join(format!("{task}.txt"));
+        command.arg("--jit-report").arg(report);
+        command
     }
 
     /// Runs a command to its end.
@@ -156,6 +181,11 @@ impl Bench {
         }
         Ok(outcome)
     }
+}
+
+/// The kernel's command line.
+fn parameters(task: &str) -> String {
+    format!("quiet anykvm.task={task}")
 }
 
 /// The numbers behind `anykvm-guest: work NAME` in a program's output.

@@ -6,6 +6,7 @@ use std::fs;
 use anyhow::{Context, Result};
 
 use super::boot::{self, Boots};
+use super::coverage;
 use super::pair::{self, Pairs};
 use super::work::{self, Work};
 use super::{Bench, ENGINES, chart, exits};
@@ -17,7 +18,8 @@ pub fn write(bench: &Bench) -> Result<()> {
     let work = work::measure(bench)?;
     let boots = boot::measure(bench)?;
     let pairs = pair::measure(bench)?;
-    print!("{work}\n{boots}\n{pairs}\n{exits}");
+    let coverage = coverage::measure(bench)?;
+    print!("{work}\n{boots}\n{coverage}\n{pairs}\n{exits}");
     let docs = workspace().join("docs");
     for (name, text) in [
         ("benchmarks.md", page(&work, &boots, &pairs, &exits)?),
@@ -27,7 +29,7 @@ pub fn write(bench: &Bench) -> Result<()> {
         fs::write(&path, text).with_context(|| path.display().to_string())?;
         progress(&format!("wrote {}", path.display()));
     }
-    Ok(())
+    coverage.write()
 }
 
 fn page(work: &Work, boots: &Boots, pairs: &Pairs, exits: &str) -> Result<String> {
@@ -71,12 +73,14 @@ fn page(work: &Work, boots: &Boots, pairs: &Pairs, exits: &str) -> Result<String
     writeln!(
         text,
         "\nTranslating took {:.0} ns for an instruction of the guest's: {:.0} ms for the {:.0} instructions that \
-         were\ntranslated in this boot, {:.1} MiB of code. Beside guest RAM the processor held {:.1} MiB.\n",
+         were\ntranslated in this boot, {:.1} MiB of code. Beside guest RAM the processor held {:.1} MiB, \
+         and the VM {:.1} MiB.\n",
         boots.translation_ns()?,
         boots.counter("jit_translation_ns")? / 1e6,
         boots.counter("jit_block_instructions")?,
         boots.counter("jit_code_bytes")? / f64::from(1 << 20),
         boots.counter("engine_memory_bytes")? / f64::from(1 << 20),
+        boots.counter("vm_engine_memory_bytes")? / f64::from(1 << 20),
     )?;
     text.push_str(
         "## Two processors\n\nTwo processes that do the same side by side, on one processor and on two.\n\n\

@@ -24,7 +24,8 @@ pub enum Stop {
 pub enum Effect {
     None,
     /// The guest says that it has come up.
-    BootMark,
+    /// The guest has written this number to the place for marks.
+    Mark(u32),
     Stop(Stop),
 }
 
@@ -80,7 +81,10 @@ impl Bus {
 
     pub fn write_memory(&self, address: u64, data: &[u8]) -> Effect {
         if address == layout::BOOT_MARK {
-            return Effect::BootMark;
+            let mut number = [0; 4];
+            let len = data.len().min(4);
+            number[..len].copy_from_slice(&data[..len]);
+            return Effect::Mark(u32::from_le_bytes(number));
         }
         if let Some((disk, offset)) = self.window(address) {
             disk.write(offset, data);
@@ -129,7 +133,7 @@ mod tests {
         assert!(matches!(bus.write_port(0x80, &[1]), Effect::None));
         assert!(matches!(
             bus.write_memory(layout::BOOT_MARK, &[1]),
-            Effect::BootMark
+            Effect::Mark(1)
         ));
     }
 

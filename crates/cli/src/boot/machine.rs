@@ -262,9 +262,9 @@ impl Shared {
             };
             match effect {
                 Effect::None => {}
-                Effect::BootMark => {
+                Effect::Mark(number) => {
                     if let Some(meter) = self.meter.get() {
-                        meter.mark(&self.vm);
+                        meter.mark(&self.vm, number);
                     }
                 }
                 Effect::Stop(stop) => {

@@ -22,6 +22,8 @@ struct Reading {
     /// Processor time of the whole process: all vCPUs and the devices.
     cpu: Duration,
     instructions: u64,
+    /// Those of them that were executed by translated code.
+    translated: u64,
 }
 
 impl Meter {
@@ -33,16 +35,26 @@ impl Meter {
         }
     }
 
-    /// Keeps the time of the first boot mark.
-    pub fn mark(&self, vm: &VmFd) {
-        self.mark.get_or_init(|| self.read(vm));
+    /// The guest has made a mark: number 1, the first time, is the boot mark, whose time is kept. Of others
+    /// a line says which instructions were executed up to there.
+    pub fn mark(&self, vm: &VmFd, number: u32) {
+        let reading = self.read(vm);
+        if number == 1 {
+            self.mark.get_or_init(|| reading);
+        } else {
+            eprint!("{}", line(&format!("mark {number}"), &reading));
+        }
     }
 
     fn read(&self, vm: &VmFd) -> Reading {
+        let stats = vm.stats();
+        let mut counters = stats.counters.iter();
+        let translated = counters.find(|(name, _)| *name == "jit_translated_instructions");
         Reading {
             wall: self.start.elapsed(),
             cpu: process_time().saturating_sub(self.start_cpu),
-            instructions: vm.stats().instructions,
+            instructions: stats.instructions,
+            translated: translated.map_or(0, |(_, value)| *value),
         }
     }
 
@@ -58,14 +70,26 @@ impl Meter {
     }
 }
 
-/// Instructions that translated code executes are not counted, unless the translator was asked to.
+/// Instructions that translated code executes are not counted, unless the translator was asked to. Then the
+/// line says how many of all these were.
 fn line(phase: &str, reading: &Reading) -> String {
     let cpu = reading.cpu.as_secs_f64();
-    format!(
-        "anykvm: {phase}: {:.2} s, {cpu:.2} s of processor time, {:.1} million instructions counted\n",
+    let mut text = format!(
+        "anykvm: {phase}: {:.2} s, {cpu:.2} s of processor time, {:.1} million instructions counted",
         reading.wall.as_secs_f64(),
         reading.instructions as f64 / 1e6,
-    )
+    );
+    if reading.translated != 0 {
+        let Reading {
+            instructions: all,
+            translated,
+            ..
+        } = reading;
+        let share = *translated as f64 * 100.0 / *all as f64;
+        let _ = write!(text, ", {translated} of {all} translated ({share:.3} %)");
+    }
+    text.push('\n');
+    text
 }
 
 fn process_time() -> Duration {
@@ -86,10 +110,16 @@ mod tests {
             wall: Duration::from_millis(2500),
             cpu: Duration::from_secs(2),
             instructions: 150_000_000,
+            translated: 0,
         };
-        assert_eq!(
-            line("boot", &reading),
-            "anykvm: boot: 2.50 s, 2.00 s of processor time, 150.0 million instructions counted\n"
-        );
+        let expected =
+            "anykvm: boot: 2.50 s, 2.00 s of processor time, 150.0 million instructions counted";
+        assert_eq!(line("boot", &reading), format!("{expected}\n"));
+        let reading = Reading {
+            translated: 149_925_000,
+            ..reading
+        };
+        let counted = ", 149925000 of 150000000 translated (99.950 %)\n";
+        assert_eq!(line("boot", &reading), format!("{expected}{counted}"));
     }
 }

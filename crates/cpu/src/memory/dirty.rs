@@ -51,6 +51,11 @@ pub struct DirtyLog {
 }
 
 impl DirtyLog {
+    /// Bytes of memory that it takes.
+    pub fn memory(&self) -> usize {
+        let used = self.used.as_deref().unwrap_or_default();
+        size_of_val(&*self.dirty) + size_of_val(used)
+    }
     /// All clear, or (`KVM_DIRTY_LOG_INITIALLY_SET`) all set.
     pub fn new(pages: u64, initially_set: bool) -> Self {
         let mut dirty = bits(pages);

@@ -216,6 +216,15 @@ impl GuestMemory {
         self.synchronise(requests::MEMSLOTS, me);
     }
 
+    /// Bytes of memory that the guest's memory takes beside itself: records of pages, slots and their dirty
+    /// logs.
+    pub fn memory_bytes(&self) -> u64 {
+        let maps = [0, 1].map(|space| self.map(space));
+        let slots = maps.iter().flat_map(|map| map.slots());
+        let logs = slots.map(|s| size_of::<Slot>() + s.dirty.as_ref().map_or(0, DirtyLog::memory));
+        (self.pages.memory() + logs.sum::<usize>()) as u64
+    }
+
     /// Per-page records of code, by host page.
     pub fn pages(&self) -> &HostPages {
         &self.pages

@@ -95,6 +95,16 @@ impl HostPages {
             at += step;
         }
     }
+    /// Bytes of memory that the records take.
+    pub fn memory(&self) -> usize {
+        let mids: Vec<&Mid> = self.root.iter().filter_map(OnceLock::get).collect();
+        let leaves = mids.iter().flat_map(|mid| mid.iter());
+        let records: usize = leaves
+            .filter_map(OnceLock::get)
+            .map(|l| size_of_val(&**l))
+            .sum();
+        size_of_val(&*self.root) + mids.iter().map(|m| size_of_val(&***m)).sum::<usize>() + records
+    }
     /// The record of the page that holds this host address.
     #[inline]
     pub fn get(&self, host: u64) -> Option<&PageRecord> {
