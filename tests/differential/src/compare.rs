@@ -83,11 +83,13 @@ fn normalised(case: &Case, outcome: &Outcome, components: u64) -> Outcome {
     }
     let s = &mut o.state;
     s.rflags &= FLAGS;
-    if case.bits == 32 && s.selectors[1] != crate::case::selector::CODE64 {
+    if s.selectors[1] != crate::case::selector::CODE64 {
         // The upper halves are undefined behind 32-bit code (SDM Vol. 1, 3.4.1.1).
-        s.gpr.iter_mut().for_each(|v| *v &= 0xffff_ffff);
-        s.gpr[8..].fill(0);
+        s.gpr[..8].iter_mut().for_each(|v| *v &= 0xffff_ffff);
         s.rip &= 0xffff_ffff;
+        if case.bits == 32 {
+            s.gpr[8..].fill(0);
+        }
     }
     if components & AVX512 != AVX512 {
         s.k = [0; 8];

@@ -7,7 +7,8 @@ use crate::compare::Difference;
 use anykvm_cpu::events::vector as v;
 use anykvm_cpu::state::rflags;
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic as M, Register,
+    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic as M, OpKind,
+    Register,
 };
 
 /// A difference that is tolerated.
@@ -132,14 +133,16 @@ impl Seen<'_> {
 
     /// Of the memory operand, with the registers as they are here at the end.
     fn effective_address(&self) -> Option<u64> {
-        self.insn.virtual_address(0, 0, |register, _, _| {
-            let full = register.full_register();
-            match register {
-                Register::FS | Register::GS => Some(0),
-                _ if full.is_gpr() => Some(self.guest.state.gpr[full.number()]),
-                _ => None,
-            }
-        })
+        let memory = self.insn.op_kinds().position(|k| k == OpKind::Memory)?;
+        self.insn
+            .virtual_address(memory as u32, 0, |register, _, _| {
+                let full = register.full_register();
+                match register {
+                    Register::FS | Register::GS => Some(0),
+                    _ if full.is_gpr() => Some(self.guest.state.gpr[full.number()]),
+                    _ => None,
+                }
+            })
     }
 
     fn alignment_checked(&self) -> bool {

@@ -28,6 +28,7 @@ pub fn reason(insn: &Instruction) -> Option<&'static str> {
         M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdpru | M::Rdrand | M::Rdseed => {
             "another value every time or on every processor"
         }
+        M::Senduipi => "without UINTR its prefix means nothing, and it is RDRAND",
         M::Rdpmc => "the host's kernel decides whether user mode may (CR4.PCE)",
         M::Cpuid | M::Xgetbv => "the guest's CPUID and XCR0 are its own",
         M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => {
