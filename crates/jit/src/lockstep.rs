@@ -40,6 +40,8 @@ use difference::Undefined;
 const LIMIT: u64 = 1000;
 /// So many differences that did not come again are shown.
 const TOLD: u64 = 10;
+/// Times round the loop of one turn, where others wait for theirs.
+const TURN: u32 = 128;
 /// How often a difference must come.
 const ATTEMPTS: u32 = 3;
 
@@ -49,6 +51,8 @@ pub(crate) struct Lockstep {
     copies: Copies,
     /// Pieces of memory that somebody else may have written: host page, offset, byte.
     foreign: Vec<copies::Foreign>,
+    /// Times round the loop of this turn.
+    rounds: u32,
 }
 
 /// Where translated code is entered.
@@ -121,6 +125,16 @@ impl Kept {
 }
 
 impl Lockstep {
+    /// Called each time round the loop: whether another processor may have its turn.
+    pub fn turn_is_over(&mut self) -> bool {
+        self.rounds += 1;
+        let over = self.rounds >= TURN;
+        if over {
+            self.rounds = 0;
+        }
+        over
+    }
+
     /// Runs translated code as [`Jit::enter`] does, and compares. False if it must not be entered.
     pub fn enter(&mut self, jit: &mut Jit, cpu: &mut Cpu, start: Start) -> Result<bool, Exit> {
         let kept = Kept::of(jit);

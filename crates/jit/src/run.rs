@@ -52,26 +52,27 @@ impl Translator for Jit {
                 Some(entry) => entry,
                 None => match self.find(cpu)? {
                     Some(entry) => entry,
-                    None => return end_turn(cpu),
+                    None => return self.end_turn(cpu),
                 },
             };
             if !self.run_from(cpu, entry, view)? || !cpu.may_go_on() {
-                return end_turn(cpu);
+                return self.end_turn(cpu);
             }
-            end_turn(cpu)?;
+            self.end_turn(cpu)?;
         }
     }
 }
 
-/// Leaves the run loop in lockstep if it is another processor's turn.
-fn end_turn(cpu: &Cpu) -> Result<(), Exit> {
-    if cpu.others_wait() {
-        return Err(Exit::Budget);
-    }
-    Ok(())
-}
-
 impl Jit {
+    /// Leaves the run loop in lockstep if it is another processor's turn.
+    fn end_turn(&mut self, cpu: &Cpu) -> Result<(), Exit> {
+        let over = self.lockstep.as_mut().is_some_and(|l| l.turn_is_over());
+        if over && cpu.others_wait() {
+            return Err(Exit::Budget);
+        }
+        Ok(())
+    }
+
     /// The entry point of the translation for RIP, which is entered into the current view. If there is
     /// none, a block is interpreted, or an instruction that is in none, or a fault made pending.
     pub(crate) fn find(&mut self, cpu: &mut Cpu) -> Result<Option<u64>, Exit> {

@@ -9,7 +9,7 @@
 #define PROT_READ_WRITE 3
 #define MAP_SHARED 1
 #define MAP_PRIVATE_ANONYMOUS 0x22
-#define O_RDWR_SYNC 010004002
+#define O_RDWR_SYNC 04010002
 #define CLOCK_MONOTONIC 1
 #define SIGCHLD 17
 #define KEEP(value) asm volatile("" : : "r"(value) : "memory")

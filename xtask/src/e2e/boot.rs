@@ -32,6 +32,8 @@ pub fn tests() -> Vec<Test> {
         test("boot-translated-always", 2, |bench, test| {
             check(bench, test, Kernel::Elf, Some("always"))
         }),
+        test("boot-small-cache", 2, small_cache),
+        test("boot-lockstep", 1, lockstep),
         test("boot-disk", 1, disk),
         test("boot-shell", 1, shell),
         test("boot-terminal", 1, terminal),
@@ -96,6 +98,55 @@ fn check(bench: &Bench, test: &Test, kernel: Kernel, jit: Option<&str>) -> Resul
     require_end(&outcome.output, "the guest powered off")?;
     if outcome.status.code() != Some(0) {
         bail!("power-off gave {}", outcome.status);
+    }
+    Ok(())
+}
+
+/// A counter of those that `--stats` prints at the end; 0 if it is not there.
+fn counter(output: &str, name: &str) -> u64 {
+    let mut words = output.split([',', '\n']).map(|part| {
+        let part = part.trim().trim_start_matches("anykvm: ");
+        part.split_once(' ').unwrap_or_default()
+    });
+    let found = words.find(|(found, _)| *found == name);
+    found
+        .and_then(|(_, value)| value.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// With as little room for translated code as there may be, which is full again and again.
+fn small_cache(bench: &Bench, test: &Test) -> Result<()> {
+    let outcome = process::run(
+        command(bench, &bench.guest().kernel, test, "check").args(["--jit-cache", "1M"]),
+        &bench.log(test),
+        test.limit,
+        FATAL,
+    )?;
+    require_sound(&Console(&outcome.output), test.cpus)?;
+    require_end(&outcome.output, "the guest powered off")?;
+    let flushes = counter(&outcome.output, "jit_flushes");
+    let bytes = counter(&outcome.output, "jit_code_bytes");
+    if flushes < 10 || bytes == 0 || bytes > 1 << 20 {
+        bail!("{bytes} bytes of code, and the cache was emptied {flushes} times");
+    }
+    Ok(())
+}
+
+/// Everything that is executed is compared with the interpreter. There is nobody else who writes to the
+/// guest's memory.
+fn lockstep(bench: &Bench, test: &Test) -> Result<()> {
+    let outcome = process::run(
+        command(bench, &bench.guest().kernel, test, "bench").args(["--jit", "lockstep"]),
+        &bench.log(test),
+        test.limit,
+        FATAL,
+    )?;
+    Console(&outcome.output).require_done("bench")?;
+    require_end(&outcome.output, "the guest powered off")?;
+    let compared = counter(&outcome.output, "jit_compared_instructions");
+    let disturbed = counter(&outcome.output, "jit_disturbed_stretches");
+    if compared < 500_000_000 || disturbed != 0 {
+        bail!("{compared} instructions compared, {disturbed} differences that did not come again");
     }
     Ok(())
 }
