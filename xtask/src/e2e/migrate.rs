@@ -41,6 +41,12 @@ pub struct MigrateArgs {
     /// Save and load instead of moving
     #[arg(long)]
     save: bool,
+    /// QEMU's machine type: q35 or pc
+    #[arg(long, default_value = "q35")]
+    machine: String,
+    /// Where the I/O APIC is: on (in KVM) or split (in QEMU)
+    #[arg(long, default_value = "on")]
+    irqchip: String,
 }
 
 impl Default for MigrateArgs {
@@ -51,6 +57,8 @@ impl Default for MigrateArgs {
             clocksource: "kvm-clock".to_owned(),
             postcopy: false,
             save: false,
+            machine: "q35".to_owned(),
+            irqchip: "on".to_owned(),
         }
     }
 }
@@ -78,6 +86,8 @@ pub fn tests() -> Vec<Test> {
             "save",
             MigrateArgs {
                 save: true,
+                machine: "pc".to_owned(),
+                irqchip: "split".to_owned(),
                 ..usual()
             },
         ),
@@ -168,8 +178,12 @@ impl<'a> Journey<'a> {
             other => &format!("clocksource={other}"),
         };
         command
-            .args(["-accel", &format!("kvm{ring}")])
-            .args(["-M", "q35", "-cpu", "host", "-m", "256", "-display", "none"])
+            .args([
+                "-accel",
+                &format!("kvm{ring},kernel-irqchip={}", self.args.irqchip),
+            ])
+            .args(["-M", &self.args.machine, "-cpu", "host", "-m", "256"])
+            .args(["-display", "none"])
             .args(["-vga", "none", "-nic", "none", "-no-reboot"])
             .args(["-smp", &CPUS.to_string()])
             .arg("-drive")
