@@ -78,6 +78,8 @@ const LONG: &[&str] = &[
 /// What kselftest programs return for "skipped".
 const SKIPPED: i32 = 4;
 const LIMIT: Duration = Duration::from_secs(300);
+/// For those that take longest.
+const LONG_LIMIT: Duration = Duration::from_secs(1800);
 
 /// How a test ended.
 enum End {
@@ -159,7 +161,8 @@ fn run_one(anykvm: &Path, programs: &Path, name: &str, log: &Path) -> Result<End
         .iter()
         .find(|(part, _)| name.contains(part))
         .map(|(_, needs)| format!("needs {needs}"));
-    let outcome = match process::run(&mut command, log, LIMIT, &[]) {
+    let limit = if is_long(name) { LONG_LIMIT } else { LIMIT };
+    let outcome = match process::run(&mut command, log, limit, &[]) {
         Ok(outcome) => outcome,
         Err(error) => return Ok(End::Failed(format!("{error:#}; {}", log.display()))),
     };
