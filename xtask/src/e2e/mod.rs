@@ -7,6 +7,7 @@
 mod boot;
 mod console;
 mod firmware;
+mod gdb;
 mod http;
 mod linux;
 mod machine;
@@ -140,6 +141,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     tests.extend(boot::tests());
     tests.extend(qemu::tests());
     tests.extend(linux::tests());
+    tests.extend(gdb::tests());
     tests.extend(firmware::tests());
     tests.extend(models::tests());
     tests.extend(stress::tests());

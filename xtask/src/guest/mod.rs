@@ -87,6 +87,11 @@ pub fn require_qemu() -> Result<()> {
     apt::install("qemu-system-x86", "qemu-system-x86_64")
 }
 
+/// Makes sure that gdb is there.
+pub fn require_gdb() -> Result<()> {
+    apt::install("gdb", "gdb")
+}
+
 /// Debian packages unpacked into one tree of the cache, which has this name.
 pub fn packages(name: &str, packages: &[&str]) -> Result<PathBuf> {
     // Tests run side by side, and may want the same packages.
