@@ -50,10 +50,7 @@ const EXCUSED: &[(&str, &str)] = &[
 ];
 
 /// Tests that fail, and what is missing.
-const NOT_YET: &[(&str, &str)] = &[(
-    "steal_time",
-    "stolen time is not measured, and CPUID does not show it",
-)];
+const NOT_YET: &[(&str, &str)] = &[];
 
 /// Faults of the tests that Linux has mended since: file, what it has, what it should have.
 ///

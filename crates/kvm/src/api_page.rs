@@ -82,6 +82,7 @@ fn features() -> String {
     for f in FEATURES {
         let offer = match f.offer {
             Offer::Kvm => "KVM",
+            Offer::Host => "KVM, if the host can",
             Offer::Monitor => "monitor",
             Offer::Absent => "nobody",
         };

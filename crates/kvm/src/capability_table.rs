@@ -246,7 +246,7 @@ pub const CAPABILITIES: &[Capability] = &[
     has!(KVM_CAP_TSC_CONTROL, "KVM_SET_TSC_KHZ"),
     has!(KVM_CAP_VM_TSC_CONTROL, "KVM_SET_TSC_KHZ and KVM_GET_TSC_KHZ on the VM"),
     has!(KVM_CAP_GET_TSC_KHZ, "KVM_GET_TSC_KHZ"),
-    absent!(KVM_CAP_STEAL_TIME, "stolen time is not measured"),
+    capability!(KVM_CAP_STEAL_TIME, CapabilityValue::Of(steal_time), None, "MSR_KVM_STEAL_TIME, where the host counts run delay"),
     absent!(KVM_CAP_PTP_KVM, "Arm's; x86 guests use KVM_HC_CLOCK_PAIRING"),
 
     // The API itself.
@@ -330,6 +330,10 @@ pub(crate) const FOREIGN: &[(&str, &[(u32, &str)])] = &[
 fn recommended_vcpus() -> u32 {
     let host = std::thread::available_parallelism().map_or(1, |n| n.get());
     host.clamp(4, MAX_VCPUS) as u32
+}
+
+fn steal_time() -> u32 {
+    crate::steal_time::is_measured().into()
 }
 
 /// KVM_CHECK_EXTENSION; 0 for what there is not.

@@ -70,6 +70,9 @@ impl Vcpu {
                 std::hint::spin_loop();
                 continue;
             }
+            if !slept {
+                self.machine().pause_stolen_time();
+            }
             slept = true;
             crate::vcpu_stats::publish(self.stats(), &core.cpu);
             self.count(VcpuStat::HaltSleeps);

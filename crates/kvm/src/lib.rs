@@ -112,6 +112,7 @@ mod run_page;
 #[cfg(test)]
 mod run_tests;
 mod stats;
+mod steal_time;
 mod system;
 mod time;
 mod trace;

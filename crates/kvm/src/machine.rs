@@ -3,7 +3,7 @@
 //! coalesced zones, in this order; what none of them takes is the VMM's and becomes an exit.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use anykvm_abi::{
     KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
@@ -25,6 +25,7 @@ use crate::mce::MachineCheck;
 use crate::msr::{self, Access, MsrAccess, MsrError};
 use crate::paravirt::Paravirt;
 use crate::run_page::RunPage;
+use crate::steal_time::RunDelay;
 use crate::vcpu_requests::VcpuRequests;
 use crate::vm::Vm;
 
@@ -56,6 +57,9 @@ pub(crate) struct VcpuMachine {
     report_tpr: AtomicBool,
     /// The guest has registered a kvmclock page.
     uses_clock: AtomicBool,
+    /// The guest has registered a page for stolen time.
+    uses_steal_time: AtomicBool,
+    run_delay: OnceLock<Arc<RunDelay>>,
     /// Of a run by count.
     limit: Limit,
 }
@@ -93,6 +97,8 @@ impl VcpuMachine {
             enforce_features: AtomicBool::new(false),
             report_tpr: AtomicBool::new(false),
             uses_clock: AtomicBool::new(false),
+            uses_steal_time: AtomicBool::new(false),
+            run_delay: OnceLock::new(),
             limit: Limit::default(),
         }
     }
@@ -163,6 +169,23 @@ impl VcpuMachine {
     pub fn clock_is_stale(&self) -> bool {
         self.uses_clock.load(Ordering::Relaxed) && !self.vm.clock().host().stable
     }
+    /// Where stolen time can be measured: by this.
+    pub fn set_run_delay(&self, delay: Arc<RunDelay>) {
+        let _ = self.run_delay.set(delay);
+    }
+    /// Stolen time, if the guest wants to know and it is measured.
+    pub fn run_delay(&self) -> Option<&RunDelay> {
+        if !self.uses_steal_time.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.run_delay.get().map(|delay| &**delay)
+    }
+    /// The guest has, or no longer has, a page for stolen time.
+    pub fn set_uses_steal_time(&self, on: bool) {
+        self.uses_steal_time.store(on, Ordering::Relaxed);
+        self.requests.kick.requests().set(OWNER);
+    }
+
     /// The guest has, or no longer has, a kvmclock page.
     pub fn set_uses_clock(&self, on: bool) {
         self.uses_clock.store(on, Ordering::Relaxed);

@@ -30,6 +30,10 @@ pub(crate) struct Paravirt {
     async_pf_en: u64,
     async_pf_int: u64,
     steal_time: u64,
+    /// Its page has not been written to.
+    steal_time_is_new: bool,
+    /// The thread's run delay that the guest has been told of.
+    pub(crate) stolen_before: Option<u64>,
     pv_eoi: u64,
     poll_control: u64,
     /// `Clock::generation` when the guest's clock page was last written.
@@ -46,6 +50,8 @@ impl Default for Paravirt {
             async_pf_en: 0,
             async_pf_int: 0,
             steal_time: 0,
+            steal_time_is_new: false,
+            stolen_before: None,
             pv_eoi: 0,
             poll_control: 1,
             clock_generation: None,
@@ -109,6 +115,15 @@ impl Paravirt {
             MSR_KVM_POLL_CONTROL => &mut self.poll_control,
             _ => return None,
         })
+    }
+
+    /// Where the guest's `struct kvm_steal_time` is.
+    pub fn steal_time_address(&self) -> Option<u64> {
+        (self.steal_time & ENABLED != 0).then_some(self.steal_time & !ENABLED)
+    }
+    /// Whether it has been registered since the last call.
+    pub fn take_steal_time_is_new(&mut self) -> bool {
+        std::mem::take(&mut self.steal_time_is_new)
     }
 
     /// Whether the guest's clock page must be written anew.
@@ -225,6 +240,9 @@ impl VcpuMachine {
             if let Some(register) = paravirt.register(index) {
                 *register = value;
             }
+            if index == MSR_KVM_STEAL_TIME {
+                paravirt.steal_time_is_new = true;
+            }
             if matches!(index, MSR_KVM_SYSTEM_TIME | MSR_KVM_SYSTEM_TIME_NEW) {
                 paravirt.clock_generation = None;
             }
@@ -237,7 +255,7 @@ impl VcpuMachine {
             MSR_KVM_WALL_CLOCK | MSR_KVM_WALL_CLOCK_NEW if value != 0 => {
                 self.write_wall_clock(value);
             }
-            MSR_KVM_STEAL_TIME if value & ENABLED != 0 => self.clear_steal_time(value & !ENABLED),
+            MSR_KVM_STEAL_TIME => self.set_uses_steal_time(value & ENABLED != 0),
             _ => {}
         }
         Ok(())
@@ -261,13 +279,6 @@ impl VcpuMachine {
             .write(at, &version.to_le_bytes())
             .and_then(|()| memory.write(at + 4, &data))
             .and_then(|()| memory.write(at, &version.wrapping_add(1).to_le_bytes()));
-    }
-
-    /// `struct kvm_steal_time`: no time is accounted as stolen, and the vCPU is never marked as
-    /// preempted, so the guest sends it the interrupts it would otherwise save.
-    fn clear_steal_time(&self, at: u64) {
-        // Not RAM: the guest's loss, as in Linux.
-        let _ = self.vm().memory().write(at, &[0; 64]);
     }
 
     /// VMCALL and VMMCALL (`kvm_emulate_hypercall`).

@@ -9,6 +9,8 @@ use anykvm_abi::*;
 pub(crate) enum Offer {
     /// KVM_GET_SUPPORTED_CPUID shows it.
     Kvm,
+    /// The same, where the host counts the run delay of threads.
+    Host,
     /// Not shown; a monitor that does its part may give it to the guest.
     Monitor,
     /// It is not there.
@@ -45,10 +47,10 @@ pub(crate) const FEATURES: &[Feature] = &[
     feature!(KVM_FEATURE_MMU_OP, Absent, "dropped from KVM"),
     feature!(KVM_FEATURE_CLOCKSOURCE2, Kvm, "kvmclock by the second pair of MSRs"),
     feature!(KVM_FEATURE_ASYNC_PF, Kvm, "MSR_KVM_ASYNC_PF_EN; nothing ever happens by it"),
-    feature!(KVM_FEATURE_STEAL_TIME, Absent, "stolen time is not measured"),
+    feature!(KVM_FEATURE_STEAL_TIME, Host, "time that the vCPU's thread waited for a processor"),
     feature!(KVM_FEATURE_PV_EOI, Kvm, "end of interrupt without leaving the guest"),
     feature!(KVM_FEATURE_PV_UNHALT, Kvm, "KVM_HC_KICK_CPU; needs a local APIC in KVM"),
-    feature!(KVM_FEATURE_PV_TLB_FLUSH, Kvm, "kvm_steal_time.preempted asks for a flush"),
+    feature!(KVM_FEATURE_PV_TLB_FLUSH, Absent, "no vCPU is marked as preempted, so no flush could be left to it"),
     feature!(KVM_FEATURE_ASYNC_PF_VMEXIT, Absent, "no nested virtualisation"),
     feature!(KVM_FEATURE_PV_SEND_IPI, Kvm, "KVM_HC_SEND_IPI; needs a local APIC in KVM"),
     feature!(KVM_FEATURE_POLL_CONTROL, Kvm, "the guest may switch off polling in HLT"),
@@ -62,7 +64,11 @@ pub(crate) const FEATURES: &[Feature] = &[
 
 /// Leaf 40000001H, EAX, as KVM_GET_SUPPORTED_CPUID shows it.
 pub(crate) fn offered() -> u32 {
-    let kvm = FEATURES.iter().filter(|f| f.offer == Offer::Kvm);
+    let kvm = FEATURES.iter().filter(|f| match f.offer {
+        Offer::Kvm => true,
+        Offer::Host => crate::steal_time::is_measured(),
+        Offer::Monitor | Offer::Absent => false,
+    });
     kvm.fold(0, |bits, f| bits | 1 << f.bit)
 }
 

@@ -77,6 +77,7 @@ impl Vcpu {
             }
             Err(_) => {}
         }
+        self.machine().pause_stolen_time();
         self.save_to_page(&mut core);
         result.map(|_| ())
     }
@@ -117,6 +118,7 @@ impl Vcpu {
             self.kick().requests().set(EVENT);
         }
         core.has_run = true;
+        self.machine().look_at_stolen_time();
         loop {
             self.accept_apic_events(core);
             if core.cpu.state.events.mp_state != MpState::Runnable {
@@ -175,6 +177,7 @@ impl Vcpu {
         if machine.clock_is_stale() {
             machine.write_clock_page();
         }
+        machine.record_stolen_time();
         if core.vapic_addr != 0 {
             self.sync_vapic(core);
         }

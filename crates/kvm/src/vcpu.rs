@@ -19,6 +19,7 @@ use crate::object::memfd;
 use crate::run::Completion;
 use crate::run_page::{MMAP_SIZE, RunPage};
 use crate::stats::StatsFile;
+use crate::steal_time::{self, Look, RunDelay};
 use crate::vcpu_requests::VcpuRequests;
 use crate::vcpu_stats::{VCPU_STATISTICS, VcpuStat};
 use crate::vm::Vm;
@@ -137,6 +138,13 @@ impl Vcpu {
             lapic,
             boot,
         ));
+        if steal_time::is_measured() && !vm.time.is_counted() {
+            let deadline = vm.events.unconnected_deadline();
+            let delay = Arc::new(RunDelay::new(kick.clone(), deadline.clone()));
+            vm.events
+                .connect(&deadline, Arc::new(Look(Arc::downgrade(&delay))));
+            machine.set_run_delay(delay);
+        }
         let mut cpu = Cpu::new(
             vm.memory().clone(),
             machine.clone(),

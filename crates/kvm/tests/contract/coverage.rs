@@ -72,6 +72,7 @@ const BODIES: &[fn()] = &[
     memory::aliases_show_other_slots,
     memory::writes_through_an_alias_dirty_the_slot,
     memory::tss_identity_map_and_mmu_pages,
+    steal_time::the_guests_structure_is_added_to,
     system::api_version_and_mmap_size_take_no_argument,
     system::create_vm_knows_two_types,
     system::unknown_ioctls,

@@ -12,6 +12,7 @@ mod guest_memfd;
 mod interrupts;
 mod io;
 mod memory;
+mod steal_time;
 mod support;
 mod system;
 mod vcpu;
