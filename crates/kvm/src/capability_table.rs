@@ -229,7 +229,7 @@ pub const CAPABILITIES: &[Capability] = &[
     absent!(KVM_CAP_PMU_EVENT_MASKED_EVENTS, "no performance counters"),
     absent!(KVM_CAP_PMU_CAPABILITY, "no performance counters"),
     absent!(KVM_CAP_LAST_CPU, "KVM_EXIT_FAIL_ENTRY is not given"),
-    absent!(KVM_CAP_SMALLER_MAXPHYADDR, "not examined"),
+    has!(KVM_CAP_SMALLER_MAXPHYADDR, "a guest's MAXPHYADDR may be smaller than the host's: its page tables are walked by it"),
     absent!(KVM_CAP_X86_BUS_LOCK_EXIT, "split and uncacheable locks are not told apart"),
     absent!(KVM_CAP_X86_NOTIFY_VMEXIT, "nothing can keep a processor from looking at events"),
     absent!(KVM_CAP_SGX_ATTRIBUTE, "no SGX"),
