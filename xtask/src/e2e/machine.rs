@@ -25,6 +25,7 @@ pub struct Machine {
     console: Arc<Mutex<Vec<u8>>>,
     pub qmp: Qmp,
     socket: PathBuf,
+    log: PathBuf,
     limit: Duration,
 }
 
@@ -58,6 +59,7 @@ impl Machine {
             console,
             qmp,
             socket: socket.to_path_buf(),
+            log: log.to_path_buf(),
             limit,
         })
     }
@@ -88,9 +90,36 @@ impl Machine {
                 bail!("QEMU ended with {status} before '{what}'");
             }
             if start.elapsed() > self.limit {
+                self.describe();
                 bail!("no '{what}' after {} s", self.limit.as_secs());
             }
             thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Adds to the log what the machine's processors are at, several times.
+    fn describe(&mut self) {
+        let Ok(mut log) = OpenOptions::new().append(true).open(&self.log) else {
+            return;
+        };
+        for _ in 0..3 {
+            for command in [
+                "info status",
+                "info registers -a",
+                "info lapic 0",
+                "info lapic 1",
+            ] {
+                let answer = self
+                    .qmp
+                    .execute("human-monitor-command", json!({"command-line": command}));
+                let text = match &answer {
+                    Ok(answer) => answer.as_str().unwrap_or_default().to_owned(),
+                    Err(error) => format!("{error:#}"),
+                };
+                // It is an addition to a failure that is reported anyway.
+                let _ = writeln!(log, "# {command}\n{text}");
+            }
+            thread::sleep(Duration::from_secs(1));
         }
     }
 

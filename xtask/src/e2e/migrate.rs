@@ -327,6 +327,7 @@ impl<'a> Journey<'a> {
         let mut machine = self.boot()?;
         for round in 1..=self.args.rounds {
             machine.qmp.monitor("savevm busy")?;
+            progress(&format!("{} {round}: saved", self.name));
             let saved = said(&machine.console())?;
             next_at_work(&mut machine, &saved)?;
             if round % 2 == 1 {
