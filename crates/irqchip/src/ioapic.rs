@@ -325,15 +325,16 @@ impl Ioapic {
         }
     }
 
-    /// KVM_GET_IRQCHIP. The padding holds the inputs that are up and whose edge has been delivered, which
-    /// KVM leaves out: there, one that is said to be up once more is a new edge.
+    /// KVM_GET_IRQCHIP. Inputs that are up and whose edge has been delivered are left out, as KVM does: after
+    /// KVM_SET_IRQCHIP one that is said to be up once more is a new edge. They cannot be in the padding:
+    /// QEMU does not write it, and hands back whatever its stack holds.
     pub fn state(&self) -> kvm_ioapic_state {
         kvm_ioapic_state {
             base_address: self.base_address,
             ioregsel: self.ioregsel,
             id: self.id,
             irr: self.irr & !self.irr_delivered,
-            pad: self.irr & self.irr_delivered,
+            pad: 0,
             redirtbl: self
                 .redirtbl
                 .map(|entry| kvm_ioapic_state__bindgen_ty_1 { bits: entry.0 }),
@@ -346,11 +347,8 @@ impl Ioapic {
         self.ioregsel = state.ioregsel & 0xff;
         self.id = state.id;
         self.redirtbl = ioapic_redirtbl(state).map(Redirection);
-        let edges = self.redirtbl.iter().enumerate();
-        let edges = edges.filter(|(_, entry)| !entry.level_triggered());
-        let edges = edges.fold(0, |set, (pin, _)| set | 1 << pin);
-        self.irr = state.pad & !state.irr & edges;
-        self.irr_delivered = self.irr;
+        self.irr = 0;
+        self.irr_delivered = 0;
         self.rtc.pending.clear();
         for pin in (0..PINS).filter(|pin| state.irr & 1 << pin != 0) {
             self.set_input(bus, pin, true, true);

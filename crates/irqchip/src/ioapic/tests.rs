@@ -242,11 +242,12 @@ fn state_round_trip() {
     assert_eq!(copy.lapics[0].has_interrupt(), None, "remote IRR is set");
     let again = copy.chip.ioapic_state().unwrap();
     assert_eq!(again.irr, state.irr);
-    // The edge is not delivered once more while its line stays up.
-    assert_eq!(state.pad, 1 << 17);
-    assert_eq!(set(&copy, 17, true), 0);
-    set(&copy, 17, false);
+    // Whatever the padding holds, the next edge is delivered.
+    assert_eq!(state.pad, 0);
+    let padded = anykvm_abi::kvm_ioapic_state { pad: !0, ..state };
+    copy.chip.set_ioapic_state(&padded).unwrap();
     assert_eq!(set(&copy, 17, true), 1);
+    copy.chip.set_ioapic_state(&state).unwrap();
     // Its EOI is seen, and the line is known to be up.
     copy.lapics[0].set_state(&vm.lapics[0].state()).unwrap();
     copy.lapics[0].ack(0x51);
