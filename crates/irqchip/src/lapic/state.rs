@@ -24,11 +24,12 @@ impl Lapic {
     pub fn state(&self) -> kvm_lapic_state {
         // A timer that is due has its interrupt in the state, not in the air.
         self.timer_expired(self.events.now_ns());
+        // Before the registers: it waits for an interrupt that is being given.
+        let left = self.timer_left();
         let mut state = kvm_lapic_state { regs: [0; 1024] };
         for register in (0..0x400).step_by(16) {
             put(&mut state, register, self.regs.get(register));
         }
-        let left = self.timer_left();
         put(&mut state, offset::TIMER_CURRENT_COUNT, left.count);
         let flag = |on, bit| if on { bit } else { 0 };
         let flags = flag(left.stopped, STOPPED) | flag(left.bounded, BOUNDED);

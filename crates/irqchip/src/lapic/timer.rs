@@ -157,17 +157,18 @@ struct Guard<'a> {
 }
 
 impl Guard<'_> {
-    /// Unlocks, delivers the interrupt if `fire`, and tells of a new deadline.
+    /// Delivers the interrupt if `fire`, unlocks, and tells of a new deadline. Whoever reads registers and
+    /// deadline meanwhile finds the one or the other: nothing is in the air.
     fn finish(self, lapic: &Lapic, fire: bool) {
         let mut armed = self.state.armed;
         let changed = armed != self.timer.deadline();
         self.timer
             .deadline
             .store(armed.unwrap_or(NEVER), Ordering::SeqCst);
-        drop(self.state);
         if fire {
             lapic.deliver_lvt(LvtEntry::Timer);
         }
+        drop(self.state);
         let mut untold = changed;
         while untold {
             lapic.events.timer_armed(armed);
