@@ -4,9 +4,9 @@ use anykvm::TranslationMode;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use crate::cases::{Bits, Case, RBX, case, case_from};
+use crate::cases::{Bits, Case, RBX, RIP, case, case_from};
 use crate::check::all;
-use crate::machine::{BEFORE_M, GM, GN, GO, M, Machine, N};
+use crate::machine::{BEFORE_M, Event, GM, GN, GO, M, Machine, N};
 
 /// Where the XSAVE area has XMM0, and the upper half of YMM0.
 const XMM0: usize = 160;
@@ -341,4 +341,64 @@ fn areas() {
         )
         .vector(XMM0, &bytes::<16>()),
     ]);
+}
+
+/// XSAVE64 to a device and XRSTOR64 from one, of x87, SSE and AVX: the image is that of memory.
+#[test]
+fn extended_areas() {
+    let xsave = case("xsave64", |a| a.xsave64(xmmword_ptr(rbx)))
+        .with(RBX, M)
+        .with(0, 7)
+        .with(2, 0);
+    let xrstor = case("xrstor64", |a| a.xrstor64(xmmword_ptr(rbx)))
+        .with(RBX, M)
+        .with(0, 7)
+        .with(2, 0);
+    for mode in [TranslationMode::Off, TranslationMode::Always] {
+        let m = crate::check::start(&xsave, mode);
+        let wanted = m.xsave();
+        // XSAVE reads and writes XSTATE_BV and leaves what it does not save.
+        let mut image = vec![0u8; 832];
+        let mut writes = 0;
+        loop {
+            match m.run() {
+                Event::Read { gpa, len } => {
+                    assert_eq!(gpa, GM + 512);
+                    m.answer(&Event::Read { gpa, len }, &vec![0; len]);
+                }
+                Event::Write { gpa, data } => {
+                    let at = (gpa - GM) as usize;
+                    image[at..at + data.len()].copy_from_slice(&data);
+                    assert_eq!(m.regs()[RIP], xsave.next(), "retired at its first exit");
+                    writes += 1;
+                }
+                Event::Halt => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(writes > 80, "{writes}");
+        assert_eq!(image[..416], wanted[..416]);
+        // XSTATE_BV: x87 is in its initial configuration.
+        assert_eq!(image[512..520], 6u64.to_le_bytes());
+        assert_eq!(image[576..], wanted[576..832]);
+        // Back from the device, with other values in one register of each part.
+        image[XMM0] ^= 0xff;
+        image[YMM0H] ^= 0xff;
+        let m = crate::check::start(&xrstor, mode);
+        loop {
+            match m.run() {
+                Event::Read { gpa, len } => {
+                    assert_eq!(m.regs()[RIP], crate::machine::CODE, "not yet");
+                    let at = (gpa - GM) as usize;
+                    m.answer(&Event::Read { gpa, len }, &image[at..at + len]);
+                }
+                Event::Halt => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        let got = m.xsave();
+        assert_eq!(got[XMM0], wanted[XMM0] ^ 0xff);
+        assert_eq!(got[YMM0H], wanted[YMM0H] ^ 0xff);
+        assert_eq!(got[XMM0 + 1..416], wanted[XMM0 + 1..416]);
+    }
 }
