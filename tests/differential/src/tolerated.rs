@@ -4,6 +4,7 @@
 
 use crate::case::{CODE, CODE_PAGES, Case, End, Outcome, PAGE};
 use crate::compare::Difference;
+use crate::generate::excluded;
 use anykvm_cpu::events::vector as v;
 use anykvm_cpu::state::rflags;
 use iced_x86::{
@@ -152,6 +153,20 @@ impl Seen<'_> {
 
 /// The rules.
 pub const TOLERATED: &[Tolerated] = &[
+    Tolerated {
+        name: "left out, but reached within another instruction",
+        reason: "a branch leads into an instruction, where the bytes are one that is not compared",
+        applies: |s| {
+            let mut decoder = Decoder::with_ip(
+                s.case.bits,
+                &s.case.code,
+                s.case.state.rip,
+                DecoderOptions::NONE,
+            );
+            let is_there = decoder.iter().any(|i| i.ip() == s.guest.state.rip);
+            !is_there && excluded::reason(&s.insn).is_some()
+        },
+    },
     Tolerated {
         name: "66 on near branches",
         reason: "in 64-bit code AMD's processors take it as an operand size of 16 bits, Intel's \
