@@ -120,6 +120,15 @@ impl Cpu {
             }
         }
     }
+    /// The DR6 bits of traps that wait for the instruction behind MOV SS (SDM Vol. 3, 6.8.3): hardware's
+    /// pending debug exceptions.
+    pub fn waiting_traps(&self) -> u64 {
+        self.debug_hits
+    }
+    /// Makes these wait; they count only together with that interrupt shadow.
+    pub fn set_waiting_traps(&mut self, bits: u64) {
+        self.debug_hits = bits & (DR6_BREAKPOINTS | DR6_BS | DR6_BT);
+    }
     /// Whether instruction breakpoints may be armed.
     pub(crate) fn breakpoints_armed(&self) -> bool {
         self.breakpoints().1 & DR7_ENABLES != 0

@@ -7,8 +7,8 @@ use anykvm_abi::{
     KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM, KVM_VCPUEVENT_VALID_TRIPLE_FAULT,
     kvm_vcpu_events,
 };
-use anykvm_cpu::CpuState;
 use anykvm_cpu::events::{MpState, SHADOW_MOV_SS, SHADOW_STI, vector};
+use anykvm_cpu::{Cpu, CpuState};
 
 use crate::error::{Errno, Result};
 
@@ -69,9 +69,41 @@ pub(crate) fn get(s: &mut CpuState, caps: EventCapabilities) -> kvm_vcpu_events 
     out
 }
 
+/// Debug traps that wait for the instruction behind MOV SS: a pending #DB beside that shadow. No
+/// other is; one that is pending is delivered before the next instruction. KVM leaves them in a field of the
+/// processor's that no call reaches, and so loses them; so must who has not enabled payloads.
+pub(crate) fn get_waiting_traps(cpu: &Cpu, caps: EventCapabilities, out: &mut kvm_vcpu_events) {
+    let e = &cpu.state.events;
+    let bits = cpu.waiting_traps();
+    let raised = e.exception.pending || e.exception.injected;
+    if !caps.payload || bits == 0 || raised || e.shadow & SHADOW_MOV_SS == 0 {
+        return;
+    }
+    out.exception.pending = 1;
+    out.exception.nr = vector::DB;
+    out.exception.has_error_code = 0;
+    out.exception.error_code = 0;
+    out.exception_has_payload = 1;
+    out.exception_payload = bits;
+}
+
+/// The other way round, once the events are set.
+pub(crate) fn set_waiting_traps(cpu: &mut Cpu) {
+    let events = &mut cpu.state.events;
+    let e = &mut events.exception;
+    let waits =
+        e.pending && e.vector == vector::DB && e.has_payload && events.shadow & SHADOW_MOV_SS != 0;
+    let bits = if waits { e.payload } else { 0 };
+    if waits {
+        e.pending = false;
+        e.has_payload = false;
+    }
+    cpu.set_waiting_traps(bits);
+}
+
 /// Moves the payload of a pending exception into its register (SDM Vol. 3, 6.15 and 18.2.3), for a
 /// user space that does not know of payloads.
-fn deliver_payload(s: &mut CpuState) {
+pub(crate) fn deliver_payload(s: &mut CpuState) {
     let e = &mut s.events.exception;
     if !(e.pending && e.has_payload) {
         return;

@@ -27,7 +27,7 @@ use crate::error::{Errno, Result};
 use crate::run_page::{PIO_BYTES, PIO_DATA, sync};
 use crate::vcpu::{Core, Vcpu};
 use crate::vcpu_stats::VcpuStat;
-use crate::{events, registers, vcpu_stats};
+use crate::{registers, vcpu_stats};
 
 /// What the VMM's answer to the last exit is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -438,8 +438,7 @@ impl Vcpu {
             page.sync_write(sync::SREGS, &sregs);
         }
         if wants(KVM_SYNC_X86_EVENTS) {
-            let caps = self.event_capabilities();
-            page.sync_write(sync::EVENTS, &events::get(&mut core.cpu.state, caps));
+            page.sync_write(sync::EVENTS, &self.events_locked(core));
         }
         self.count(VcpuStat::Exits);
         vcpu_stats::publish(self.stats(), &core.cpu);

@@ -51,14 +51,28 @@ impl Vcpu {
         }
     }
 
+    /// CR2 and DR6 are read as KVM_GET_VCPU_EVENTS will leave them, whichever comes first
+    /// (`kvm_handle_exception_payload_quirk`).
+    fn deliver_payload(&self, core: &mut Core) {
+        if !self.event_capabilities().payload {
+            events::deliver_payload(&mut core.cpu.state);
+        }
+    }
+
     /// KVM_GET_SREGS.
     pub fn sregs(&self) -> kvm_sregs {
-        self.read(|core| registers::sregs(&core.cpu.state, self.apic_view()))
+        self.read(|core| {
+            self.deliver_payload(core);
+            registers::sregs(&core.cpu.state, self.apic_view())
+        })
     }
 
     /// KVM_GET_SREGS2.
     pub fn sregs2(&self) -> kvm_sregs2 {
-        self.read(|core| registers::sregs2(&core.cpu.state, self.apic_view()))
+        self.read(|core| {
+            self.deliver_payload(core);
+            registers::sregs2(&core.cpu.state, self.apic_view())
+        })
     }
 
     /// KVM_SET_SREGS.
@@ -147,7 +161,10 @@ impl Vcpu {
 
     /// KVM_GET_DEBUGREGS.
     pub fn debugregs(&self) -> kvm_debugregs {
-        self.read(|core| registers::debugregs(&core.cpu.state))
+        self.read(|core| {
+            self.deliver_payload(core);
+            registers::debugregs(&core.cpu.state)
+        })
     }
 
     /// KVM_SET_DEBUGREGS.
@@ -157,12 +174,15 @@ impl Vcpu {
 
     /// KVM_GET_VCPU_EVENTS.
     pub fn vcpu_events(&self) -> kvm_vcpu_events {
-        self.read(|core| {
-            let mut out = events::get(&mut core.cpu.state, self.event_capabilities());
-            let latched = core.cpu.state.events.smm && self.requests().apic_events() & INIT != 0;
-            out.smi.latched_init |= u8::from(latched);
-            out
-        })
+        self.read(|core| self.events_locked(core))
+    }
+
+    pub(crate) fn events_locked(&self, core: &mut Core) -> kvm_vcpu_events {
+        let mut out = events::get(&mut core.cpu.state, self.event_capabilities());
+        events::get_waiting_traps(&core.cpu, self.event_capabilities(), &mut out);
+        let latched = core.cpu.state.events.smm && self.requests().apic_events() & INIT != 0;
+        out.smi.latched_init |= u8::from(latched);
+        out
     }
 
     /// KVM_SET_VCPU_EVENTS.
@@ -172,6 +192,7 @@ impl Vcpu {
 
     pub(crate) fn set_events_locked(&self, core: &mut Core, new: &kvm_vcpu_events) -> Result<()> {
         events::set(&mut core.cpu.state, new, self.event_capabilities())?;
+        events::set_waiting_traps(&mut core.cpu);
         if self.machine().lapic().is_some() {
             if new.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0 {
                 self.requests().set_sipi_vector(new.sipi_vector as u8);

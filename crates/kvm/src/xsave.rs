@@ -17,7 +17,7 @@ const HEADER: std::ops::Range<usize> = 512..576;
 pub(crate) fn get(s: &CpuState) -> [u8; REGION] {
     let mut out = [0; REGION];
     out[..HEADER.start].copy_from_slice(&s.xsave.0[..HEADER.start]);
-    let mut in_use = s.xsave.u64(XsaveArea::XSTATE_BV) | xcr0::X87 | xcr0::SSE;
+    let mut in_use = xcr0::X87 | xcr0::SSE;
     for c in components() {
         let value = &s.xsave.0[c.register..c.register + c.size];
         if value.iter().any(|b| *b != 0) {
@@ -63,7 +63,6 @@ pub(crate) fn set(s: &mut CpuState, area: &[u8; REGION]) -> Result<()> {
     }
     // The component's upper half is reserved (SDM Vol. 1, 13.5.7).
     new.0[XsaveArea::PKRU + 4..XsaveArea::PKRU + 8].fill(0);
-    new.set_u64(XsaveArea::XSTATE_BV, in_use);
     s.xsave = new;
     Ok(())
 }
@@ -87,6 +86,23 @@ mod tests {
         set(&mut t, &only_x87).unwrap();
         assert_eq!(t.xsave.u64(XsaveArea::XMM), 0);
         assert_eq!(t.xsave.u16(0), 0x27f);
+    }
+
+    /// What is in use is told by the registers: a component that was not initial once is, when the guest
+    /// makes it so.
+    #[test]
+    fn a_component_becomes_initial_again() {
+        let Some(c) = components().next() else {
+            return;
+        };
+        let mut s = CpuState::new();
+        let fresh = get(&s);
+        s.xsave.set_u64(c.register, 5);
+        let area = get(&s);
+        assert_ne!(area[512..520], fresh[512..520]);
+        set(&mut s, &area).unwrap();
+        s.xsave.set_u64(c.register, 0);
+        assert_eq!(get(&s), fresh);
     }
 
     #[test]

@@ -76,17 +76,20 @@ impl Machine {
             report: None,
         })?;
         let ram = Ram::new(RAM);
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: RAM as u64,
-            userspace_addr: ram.address(),
-        };
-        // SAFETY: a mapping of its own, touched through raw pointers only, that outlives the VM.
-        #[allow(unsafe_code)]
-        unsafe {
-            vm.set_user_memory_region(region)?;
+        // The same memory in system-management mode.
+        for slot in [0, 1 << 16] {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: 0,
+                memory_size: RAM as u64,
+                userspace_addr: ram.address(),
+            };
+            // SAFETY: memory of its own, touched through raw pointers only, that outlives the VM.
+            #[allow(unsafe_code)]
+            unsafe {
+                vm.set_user_memory_region(region)?;
+            }
         }
         let enable = |cap, arg| {
             vm.enable_cap(&kvm_enable_cap {

@@ -4,9 +4,10 @@ use crate::machine::Machine;
 use crate::ram::PAGE;
 use anyhow::{Context, Result, ensure};
 use anykvm::bindings::{
-    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, Plain,
-    kvm_clock_data, kvm_debugregs, kvm_fpu, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_VCPUEVENT_VALID_PAYLOAD, Msrs, Plain, kvm_clock_data, kvm_debugregs, kvm_fpu, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs2,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use anykvm::{Kvm, VcpuFd};
 use std::sync::OnceLock;
@@ -49,6 +50,28 @@ fn msr_indices() -> &'static [u32] {
     })
 }
 
+/// The events without what is left of those that are over. Without the payload capability an exception that
+/// is pending is injected, too, and the first does not count.
+fn meaning(mut events: kvm_vcpu_events) -> kvm_vcpu_events {
+    if events.flags & KVM_VCPUEVENT_VALID_PAYLOAD == 0 {
+        events.exception.pending = 0;
+    }
+    if events.exception.injected | events.exception.pending == 0 {
+        events.exception = Default::default();
+    }
+    if events.exception_has_payload & events.exception.pending == 0 {
+        events.exception_has_payload = 0;
+        events.exception_payload = 0;
+    }
+    if events.exception.has_error_code == 0 {
+        events.exception.error_code = 0;
+    }
+    if events.interrupt.injected == 0 {
+        events.interrupt.nr = 0;
+    }
+    events
+}
+
 impl SavedVcpu {
     fn read(vcpu: &VcpuFd, lapic: bool) -> Result<Self> {
         // First, as it may start a processor that has received its SIPI.
@@ -76,7 +99,7 @@ impl SavedVcpu {
             xcrs: vcpu.get_xcrs()?,
             msrs: msrs.as_slice().to_vec(),
             debugregs: vcpu.get_debug_regs()?,
-            events: vcpu.get_vcpu_events()?,
+            events: meaning(vcpu.get_vcpu_events()?),
             lapic: lapic.then(|| vcpu.get_lapic()).transpose()?,
             cpuid: vcpu.get_cpuid2(256)?,
             tsc_khz: vcpu.get_tsc_khz()?,
@@ -141,7 +164,9 @@ impl SavedVcpu {
             }
         }
         if let Some(n) = differing(self.xsave.region.as_bytes(), other.xsave.region.as_bytes()) {
-            return Some(format!("XSAVE at {n:#x}"));
+            let word = |x: &kvm_xsave| x.region[n / 4];
+            let (a, b) = (word(&self.xsave), word(&other.xsave));
+            return Some(format!("XSAVE at {n:#x}: {a:x?} {b:x?}"));
         }
         if let (Some(a), Some(b)) = (&self.lapic, &other.lapic)
             && let Some(n) = differing(a.as_bytes(), b.as_bytes())

@@ -6,9 +6,9 @@
 
 use crate::machine::{Machine, cpuid};
 use crate::monitor::{END, LOWER_ALL};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use anykvm::Kvm;
-use anykvm::bindings::{kvm_dtable, kvm_regs, kvm_segment};
+use anykvm::bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -16,6 +16,12 @@ use iced_x86::code_asm::*;
 pub const CODE: u64 = 0x1_0000;
 /// Where a processor is started by a SIPI with vector 0x0E.
 pub const TRAMPOLINE: u64 = 0xe000;
+/// Where the other processors' code begins.
+pub const OTHERS: u64 = 0x1_8000;
+/// SMBASE of a processor: the handler is 32 KiB behind it, the state at the end of that.
+const fn smbase(processor: u64) -> u64 {
+    0x3_0000 - processor * 0x1000
+}
 /// Data, readable and writable: to 0x5_FFFF.
 pub const DATA: u64 = 0x4_0000;
 /// Pages that are mapped at their first use.
@@ -31,6 +37,11 @@ pub const LAPIC: u64 = 0xfee0_0000;
 /// The I/O APIC.
 pub const IOAPIC: u64 = 0xfec0_0000;
 
+/// PE, MP, ET, NE, WP, AM, PG.
+const CR0: u32 = 0x8005_0033;
+/// DE, PAE, PGE, OSFXSR, OSXMMEXCPT, OSXSAVE.
+const CR4: u32 = 0x4_06a8;
+const GDT_LIMIT: u16 = 11 * 8 - 1;
 const PML4: u64 = 0x1000;
 const TABLE: u64 = 0x4000;
 const GDT: u64 = 0x500;
@@ -46,6 +57,9 @@ const IST: u64 = 0x7_0000;
 pub const HASH: i32 = 0;
 /// See [`HASH`].
 pub const COUNTS: i32 = 0x100;
+
+/// Processors there is room for.
+const PROCESSORS: u64 = 3;
 
 /// Selectors.
 pub const KERNEL_CODE: u16 = 8;
@@ -81,25 +95,35 @@ pub fn image() -> Image {
     for address in [DEVICE, LAPIC, IOAPIC] {
         image.push((high(address), words(&[(address & !0x1f_ffff) | 0x93])));
     }
-    let tss_low = 0x67 | (TSS & 0xff_ffff) << 16 | 0x89 << 40 | (TSS >> 24) << 56;
-    image.push((
-        GDT,
-        words(&[
-            0,
-            0x00af_9b00_0000_ffff,
-            0x00cf_9300_0000_ffff,
-            0x00cf_f300_0000_ffff,
-            0x00af_fb00_0000_ffff,
-            tss_low,
-            0,
-        ]),
-    ));
-    // RSP0, and the stacks of double faults and NMIs.
-    let mut tss = vec![0; 0x68];
-    tss[4..12].copy_from_slice(&(STACKS + 0x2000).to_le_bytes());
-    tss[0x24..0x2c].copy_from_slice(&(IST + 0x2000).to_le_bytes());
-    tss[0x2c..0x34].copy_from_slice(&(IST + 0x4000).to_le_bytes());
-    image.push((TSS, tss));
+    let mut gdt = vec![
+        0,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00cf_f300_0000_ffff,
+        0x00af_fb00_0000_ffff,
+    ];
+    for n in 0..PROCESSORS {
+        let at = TSS + n * 0x100;
+        gdt.push(0x67 | (at & 0xff_ffff) << 16 | 0x89 << 40 | (at >> 24) << 56);
+        gdt.push(0);
+        // RSP0, and the stacks of double faults and NMIs.
+        let mut tss = vec![0; 0x68];
+        for (field, stack) in [
+            (4, STACKS + n * 0x4000 + 0x2000),
+            (0x24, IST + n * 0x4000 + 0x2000),
+            (0x2c, IST + n * 0x4000 + 0x4000),
+        ] {
+            tss[field..field + 8].copy_from_slice(&stack.to_le_bytes());
+        }
+        image.push((at, tss));
+    }
+    image.push((GDT, words(&gdt)));
+    image.push((TRAMPOLINE, trampoline()));
+    // inc dword ptr [0x8100]; inc ax; rsm
+    let smi_handler = [0x66, 0xff, 0x06, 0x00, 0x81, 0x40, 0x0f, 0xaa];
+    for n in 0..PROCESSORS {
+        image.push((smbase(n) + 0x8000, smi_handler.to_vec()));
+    }
     let (code, entries) = handlers();
     image.push((HANDLERS, code));
     let idt = entries.iter().enumerate().flat_map(|(vector, at)| {
@@ -126,6 +150,66 @@ pub fn image() -> Image {
     });
     image.push((IDT, words(&idt.collect::<Vec<_>>())));
     image
+}
+
+/// From real mode to [`OTHERS`]: what a SIPI starts.
+fn trampoline() -> Vec<u8> {
+    let mut code = vec![0xfa];
+    // lgdt cs:[0x80]
+    code.extend([0x2e, 0x66, 0x0f, 0x01, 0x16, 0x80, 0x00]);
+    let mov_eax = |value: u32| [&[0x66, 0xb8][..], &value.to_le_bytes()].concat();
+    code.extend(mov_eax(CR4));
+    code.extend([0x0f, 0x22, 0xe0]); // mov cr4, eax
+    code.extend(mov_eax(PML4 as u32));
+    code.extend([0x0f, 0x22, 0xd8]); // mov cr3, eax
+    code.extend([0x66, 0xb9, 0x80, 0x00, 0x00, 0xc0]); // mov ecx, IA32_EFER
+    code.extend(mov_eax(0x901));
+    code.extend([0x66, 0x31, 0xd2, 0x0f, 0x30]); // xor edx, edx; wrmsr
+    code.extend(mov_eax(CR0));
+    code.extend([0x0f, 0x22, 0xc0]); // mov cr0, eax
+    code.extend([0x66, 0xea]); // jmp far
+    code.extend((OTHERS as u32).to_le_bytes());
+    code.extend(KERNEL_CODE.to_le_bytes());
+    code.resize(0x80, 0);
+    code.extend(GDT_LIMIT.to_le_bytes());
+    code.extend((GDT as u32).to_le_bytes());
+    // The operand of LIDT.
+    code.resize(0x90, 0);
+    code.extend(0xfffu16.to_le_bytes());
+    code.extend(IDT.to_le_bytes());
+    code
+}
+
+/// The first instructions of the other processors: segments, tables, stack and vector state of their own.
+pub fn enter_other(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(eax, u32::from(KERNEL_DATA))?;
+    for segment in [ss, ds, es] {
+        a.mov(segment, eax)?;
+    }
+    a.lidt(ptr(TRAMPOLINE as i32 + 0x90))?;
+    a.mov(edx, LAPIC as u32)?;
+    a.mov(ebx, dword_ptr(rdx + 0x20))?;
+    a.shr(ebx, 24)?;
+    a.mov(esp, ebx)?;
+    a.shl(esp, 14)?;
+    a.add(esp, STACKS as i32 + 0x4000)?;
+    a.mov(eax, ebx)?;
+    a.shl(eax, 12)?;
+    a.add(eax, OWN as i32)?;
+    a.xor(edx, edx)?;
+    a.mov(ecx, 0xc000_0101u32)?; // IA32_GS_BASE
+    a.wrmsr()?;
+    // Its task-state segment, which may be busy from an earlier start.
+    a.mov(eax, ebx)?;
+    a.shl(eax, 4)?;
+    a.add(eax, 0x28)?;
+    a.mov(byte_ptr(rax + GDT as i32 + 5), 0x89)?;
+    a.ltr(ax)?;
+    a.xor(ecx, ecx)?;
+    a.xgetbv()?;
+    a.mov(eax, 7)?;
+    a.xsetbv()?;
+    a.mov(r15d, OTHERS as u32)
 }
 
 /// Exceptions with an error code.
@@ -284,6 +368,12 @@ pub fn assemble(
 pub fn start(kvm: &Kvm, machine: &Machine) -> Result<()> {
     for (n, vcpu) in machine.vcpus.iter().enumerate() {
         vcpu.set_cpuid2(&cpuid(kvm)?)?;
+        let smbase = kvm_msr_entry {
+            index: 0x9e,
+            data: smbase(n as u64),
+            ..Default::default()
+        };
+        vcpu.set_msrs(&Msrs::from_entries(&[smbase]).context("MSRs")?)?;
         if n == 0 {
             start_boot(vcpu)?;
         }
@@ -329,12 +419,11 @@ fn start_boot(vcpu: &anykvm::VcpuFd) -> Result<()> {
         limit,
         ..Default::default()
     };
-    sregs.gdt = table(GDT, 0x37);
+    sregs.gdt = table(GDT, GDT_LIMIT);
     sregs.idt = table(IDT, 0xfff);
-    sregs.cr0 = 0x8005_0033;
+    sregs.cr0 = CR0.into();
     sregs.cr3 = PML4;
-    // DE, PAE, PGE, OSFXSR, OSXMMEXCPT, OSXSAVE.
-    sregs.cr4 = 0x4_06a8;
+    sregs.cr4 = CR4.into();
     // SCE, LME, LMA, NXE.
     sregs.efer = 0xd01;
     vcpu.set_sregs(&sregs)?;

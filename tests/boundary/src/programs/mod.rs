@@ -20,10 +20,19 @@ pub struct Family {
 }
 
 /// All families.
-pub const FAMILIES: &[Family] = &[Family {
-    name: "interrupts",
-    make: interrupts,
-}];
+pub const FAMILIES: &[Family] = &[
+    family("interrupts", interrupts),
+    family("exceptions", exceptions),
+    family("debug", debug),
+    family("devices", devices),
+    family("vectors", vectors),
+    family("smp", smp),
+    family("everything", everything),
+];
+
+const fn family(name: &'static str, make: Make) -> Family {
+    Family { name, make }
+}
 
 /// A program for one vCPU in 64-bit mode with everything in the kernel.
 fn long_program(
@@ -65,5 +74,77 @@ fn interrupts(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<P
         };
         program.injections.push((at, injection));
     }
+    Ok(program)
+}
+
+/// What comes from outside to any program, now and then.
+fn injections(random: &mut Random, program: &mut Program, count: u64, apart: u64) {
+    let mut at = 20_000;
+    for _ in 0..count {
+        at += random.below(apart);
+        let injection = match random.below(5) {
+            0 => Injection::Nmi(0),
+            1 => Injection::Smi(0),
+            2 => Injection::Msi(0x50 + random.below(8) as u8),
+            _ => continue,
+        };
+        program.injections.push((at, injection));
+    }
+}
+
+fn exceptions(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+    let code = pieces::program(random, &[pieces::EXCEPTIONS, pieces::PLAIN])?;
+    let mut program = long_program("exceptions", engine, random, code);
+    injections(random, &mut program, 8, 60_000);
+    Ok(program)
+}
+
+fn debug(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+    let code = pieces::program(random, &[pieces::DEBUG, pieces::PLAIN])?;
+    let mut program = long_program("debug", engine, random, code);
+    // Without the payload capability KVM loses what waits behind MOV SS.
+    program.setup.payload = true;
+    injections(random, &mut program, 8, 60_000);
+    Ok(program)
+}
+
+fn devices(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+    let code = pieces::program(random, &[pieces::IO, pieces::PLAIN])?;
+    let mut program = long_program("devices", engine, random, code);
+    injections(random, &mut program, 8, 60_000);
+    Ok(program)
+}
+
+fn vectors(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+    let code = pieces::program(random, &[pieces::VECTORS, pieces::PLAIN])?;
+    let mut program = long_program("vectors", engine, random, code);
+    injections(random, &mut program, 4, 60_000);
+    Ok(program)
+}
+
+fn smp(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+    let (first, others) = pieces::second_processors(random)?;
+    let mut program = long_program("smp", engine, random, first);
+    program.image.push((long::OTHERS, others));
+    program.setup.vcpus = 3;
+    program.slice = 1 + random.below(100);
+    program.most_ns = 3_000_000;
+    Ok(program)
+}
+
+fn everything(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+    let code = pieces::program(
+        random,
+        &[
+            pieces::INTERRUPTS,
+            pieces::EXCEPTIONS,
+            pieces::DEBUG,
+            pieces::IO,
+            pieces::VECTORS,
+        ],
+    )?;
+    let mut program = long_program("everything", engine, random, code);
+    program.setup.payload = true;
+    injections(random, &mut program, 8, 60_000);
     Ok(program)
 }
