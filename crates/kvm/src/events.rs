@@ -173,9 +173,8 @@ pub(crate) fn set(s: &mut CpuState, new: &kvm_vcpu_events, caps: EventCapabiliti
 
     e.nmi_injected = new.nmi.injected != 0;
     if has(KVM_VCPUEVENT_VALID_NMI_PENDING) {
-        // At most one is remembered while one is being handled (kvm_vcpu: process_nmi).
-        let busy = new.nmi.masked != 0 || new.nmi.injected != 0;
-        e.nmi_pending = new.nmi.pending.min(if busy { 1 } else { 2 });
+        // Two may have come before SMM was entered, which masks them.
+        e.nmi_pending = new.nmi.pending.min(2);
     }
     e.nmi_masked = new.nmi.masked != 0;
 
@@ -233,6 +232,19 @@ mod tests {
             | KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
         set(&mut s, &want, ALL).unwrap();
         assert_eq!(get(&mut s, ALL), want);
+    }
+
+    /// Two NMIs, then an SMI, whose mode masks them.
+    #[test]
+    fn two_nmis_wait_behind_smm() {
+        let mut s = CpuState::new();
+        s.events.nmi_pending = 2;
+        s.events.nmi_masked = true;
+        s.events.smm = true;
+        let e = get(&mut s, ALL);
+        let mut t = CpuState::new();
+        set(&mut t, &e, ALL).unwrap();
+        assert_eq!(get(&mut t, ALL), e);
     }
 
     #[test]

@@ -92,7 +92,7 @@ mod tests {
     /// makes it so.
     #[test]
     fn a_component_becomes_initial_again() {
-        let Some(c) = components().next() else {
+        let Some(c) = components().first() else {
             return;
         };
         let mut s = CpuState::new();

@@ -236,6 +236,10 @@ impl<'a> Session<'a> {
             Err(Errno::EAGAIN) => {}
             Err(e) => return Err(e).with_context(|| self.dump()),
         }
+        if self.now() != now {
+            // It ran before.
+            self.waiting = 0;
+        }
         self.waiting += 1;
         self.next_vcpu();
         if self.waiting > self.machine.vcpus.len() {

@@ -112,6 +112,29 @@ pub fn without_the_payload_capability_pending_is_not_taken() {
     assert_eq!((e.exception.pending, e.exception.injected), (0, 0));
 }
 
+/// A trap that waits behind MOV SS: carried where payloads are.
+#[test]
+pub fn a_trap_behind_mov_ss_is_a_pending_db_beside_the_shadow() {
+    let v = VcpuFixture::new();
+    enable(&v.f, KVM_CAP_EXCEPTION_PAYLOAD);
+    let mut e = events(&v);
+    e.exception.pending = 1;
+    e.exception.nr = 1;
+    e.exception_has_payload = 1;
+    e.exception_payload = 2;
+    e.interrupt.shadow = SHADOW_MOV_SS;
+    assert_eq!(v.set(KVM_SET_VCPU_EVENTS, &e), Ok(0));
+    assert_eq!(events(&v), e);
+    // Without the shadow it is not there any more.
+    e = events(&v);
+    e.exception.pending = 0;
+    e.exception_has_payload = 0;
+    e.interrupt.shadow = 0;
+    assert_eq!(v.set(KVM_SET_VCPU_EVENTS, &e), Ok(0));
+    let e = events(&v);
+    assert_eq!((e.exception.pending, e.exception.injected), (0, 0));
+}
+
 #[test]
 pub fn nmis_are_counted_to_two() {
     let v = VcpuFixture::new();

@@ -113,7 +113,7 @@ fn initial(a: &mut CodeAssembler, random: &mut Random) -> Result<(), IcedError> 
 fn control(a: &mut CodeAssembler, random: &mut Random) -> Result<(), IcedError> {
     let at = DATA as i32 + 0x8f0;
     if random.once_in(2) {
-        a.mov(dword_ptr(at), 0x1f80 | random.below(4) as u32 * 0x2000)?;
+        a.mov(dword_ptr(at), 0x1f80 + random.below(4) as u32 * 0x2000)?;
         a.ldmxcsr(dword_ptr(at))
     } else {
         a.mov(word_ptr(at), 0x37f)?;
