@@ -292,6 +292,10 @@ impl Shared {
     /// Waits for input (at most so long) and hands it to its sources. True if timers are to be looked at;
     /// `None` if the thread is to end.
     fn take_input(&self, timeout: Option<&Timespec>) -> Option<bool> {
+        // Looked at behind the reading of the eventfd below, which may have taken the wake that came with it.
+        if self.stop.load(Ordering::SeqCst) {
+            return None;
+        }
         let mut events = Vec::with_capacity(32);
         match epoll::wait(&self.epoll, spare_capacity(&mut events), timeout) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
