@@ -1,7 +1,7 @@
 //! A VMM without devices of its own: it answers every exit by rule, notes it, injects what a program asks
 //! for, and lets one vCPU run after the other. Nothing it does depends on where runs are cut.
 
-use crate::machine::{Chip, Machine, NS_PER_INSTRUCTION, Setup};
+use crate::machine::{Chip, IRQFD_GSI, Machine, NS_PER_INSTRUCTION, Setup};
 use crate::state::Saved;
 use anyhow::{Context, Result, bail};
 use anykvm::bindings::{KVM_MP_STATE_RUNNABLE, kvm_msi};
@@ -308,10 +308,8 @@ impl<'a> Session<'a> {
         match port {
             END => self.ended = true,
             PULSE => self.do_inject(Injection::Pulse(gsi))?,
-            RAISE => {
-                self.lines.insert(gsi);
-                self.machine.vm.set_irq_line(gsi, true)?;
-            }
+            // A line that is up is not raised: behind a move KVM takes that for an edge.
+            RAISE if self.lines.insert(gsi) => self.machine.vm.set_irq_line(gsi, true)?,
             LOWER => {
                 self.lines.remove(&gsi);
                 self.machine.vm.set_irq_line(gsi, false)?;
@@ -340,6 +338,8 @@ impl<'a> Session<'a> {
     fn do_inject(&mut self, injection: Injection) -> Result<()> {
         let vm = &self.machine.vm;
         match injection {
+            Injection::Pulse(gsi) if self.lines.contains(&gsi) => {}
+            Injection::Signal if self.lines.contains(&IRQFD_GSI) => {}
             Injection::Pulse(gsi) => {
                 vm.set_irq_line(gsi, true)?;
                 vm.set_irq_line(gsi, false)?;
