@@ -163,7 +163,7 @@ pub const TOLERATED: &[Tolerated] = &[
                 s.case.state.rip,
                 DecoderOptions::NONE,
             );
-            let is_there = decoder.iter().any(|i| i.ip() == s.guest.state.rip);
+            let is_there = decoder.iter().any(|i| i.ip() == s.insn.ip());
             !is_there && excluded::reason(&s.insn).is_some()
         },
     },
