@@ -8,7 +8,7 @@ use crate::{build, workspace};
 
 #[derive(clap::Args)]
 pub struct BoundaryArgs {
-    /// --points N, --seed S, --engine off|always, FAMILY; --help explains
+    /// --points N, --seed S, FAMILY; --help explains
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }

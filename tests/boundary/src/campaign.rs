@@ -2,7 +2,7 @@
 
 use crate::{programs, run};
 use anyhow::{Result, bail};
-use anykvm::{Kvm, TranslationMode};
+use anykvm::Kvm;
 use anykvm_differential::random::Random;
 use std::time::Instant;
 
@@ -12,8 +12,6 @@ pub struct Campaign {
     pub points: u64,
     /// Another seed gives other programs.
     pub seed: u64,
-    /// How guest code is run.
-    pub engine: TranslationMode,
     /// Only families whose names contain this.
     pub filter: Option<String>,
     /// Stop after so many failures.
@@ -48,7 +46,7 @@ pub fn run(campaign: &Campaign) -> Result<Summary> {
     for round in 0.. {
         for family in &families {
             let seed = campaign.seed.wrapping_mul(1_000_000).wrapping_add(round);
-            let program = (family.make)(&kvm, campaign.engine, &mut Random::new(seed, 0))?;
+            let program = (family.make)(&kvm, &mut Random::new(seed, 0))?;
             let mut random = Random::new(seed, 1);
             let most = if round % 4 == 0 {
                 1

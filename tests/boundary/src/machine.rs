@@ -45,8 +45,6 @@ pub struct Setup {
     pub vcpus: u64,
     /// KVM_CAP_EXCEPTION_PAYLOAD is enabled.
     pub payload: bool,
-    /// How guest code is run.
-    pub engine: TranslationMode,
 }
 
 /// One VM. Its memory is unmapped after the VM is gone.
@@ -71,7 +69,8 @@ impl Machine {
             ns_per_instruction: NS_PER_INSTRUCTION,
         })?;
         vm.set_translation(Translation {
-            mode: setup.engine,
+            // Runs by count are interpreted.
+            mode: TranslationMode::Off,
             cache: Translation::MIN_CACHE,
             report: None,
         })?;

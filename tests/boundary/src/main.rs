@@ -1,6 +1,5 @@
 //! `cargo xtask boundary`: see the library.
 
-use anykvm::TranslationMode;
 use anykvm_boundary::campaign::{self, Campaign};
 use clap::Parser;
 use std::process::ExitCode;
@@ -16,9 +15,6 @@ struct Args {
     /// Another seed gives other programs
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// off: interpreted; always: translated
-    #[arg(long, default_value = "off")]
-    engine: TranslationMode,
     /// Only programs whose names contain this
     filter: Option<String>,
     /// Stop after so many failures
@@ -32,7 +28,6 @@ fn main() -> ExitCode {
     let summary = campaign::run(&Campaign {
         points: args.points,
         seed: args.seed,
-        engine: args.engine,
         filter: args.filter,
         failures: args.failures,
     });

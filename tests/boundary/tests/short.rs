@@ -1,6 +1,5 @@
 //! The short form of `cargo xtask boundary`.
 
-use anykvm::TranslationMode;
 use anykvm_boundary::campaign::{Campaign, run};
 
 #[test]
@@ -8,7 +7,6 @@ fn programs_that_move_to_new_vms_run_the_same() {
     let summary = run(&Campaign {
         points: 2000,
         seed: 0,
-        engine: TranslationMode::Off,
         filter: None,
         failures: 1,
     });

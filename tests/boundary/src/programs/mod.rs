@@ -6,10 +6,10 @@ mod pieces;
 use crate::machine::{Chip, Setup};
 use crate::monitor::{Injection, Program};
 use anyhow::Result;
-use anykvm::{Kvm, TranslationMode};
+use anykvm::Kvm;
 use anykvm_differential::random::Random;
 
-type Make = fn(&Kvm, TranslationMode, &mut Random) -> Result<Program>;
+type Make = fn(&Kvm, &mut Random) -> Result<Program>;
 
 /// Programs of one kind.
 pub struct Family {
@@ -35,12 +35,7 @@ const fn family(name: &'static str, make: Make) -> Family {
 }
 
 /// A program for one vCPU in 64-bit mode with everything in the kernel.
-fn long_program(
-    name: &str,
-    engine: TranslationMode,
-    random: &mut Random,
-    code: Vec<u8>,
-) -> Program {
+fn long_program(name: &str, random: &mut Random, code: Vec<u8>) -> Program {
     let mut image = long::image();
     image.push((long::CODE, code));
     Program {
@@ -49,7 +44,6 @@ fn long_program(
             chip: Chip::Full,
             vcpus: 1,
             payload: random.once_in(2),
-            engine,
         },
         image,
         start: long::start,
@@ -59,9 +53,9 @@ fn long_program(
     }
 }
 
-fn interrupts(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+fn interrupts(_: &Kvm, random: &mut Random) -> Result<Program> {
     let code = pieces::program(random, &[pieces::INTERRUPTS, pieces::PLAIN])?;
-    let mut program = long_program("interrupts", engine, random, code);
+    let mut program = long_program("interrupts", random, code);
     let mut at = 20_000;
     for _ in 0..10 {
         at += random.below(30_000);
@@ -92,39 +86,39 @@ fn injections(random: &mut Random, program: &mut Program, count: u64, apart: u64
     }
 }
 
-fn exceptions(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+fn exceptions(_: &Kvm, random: &mut Random) -> Result<Program> {
     let code = pieces::program(random, &[pieces::EXCEPTIONS, pieces::PLAIN])?;
-    let mut program = long_program("exceptions", engine, random, code);
+    let mut program = long_program("exceptions", random, code);
     injections(random, &mut program, 8, 60_000);
     Ok(program)
 }
 
-fn debug(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+fn debug(_: &Kvm, random: &mut Random) -> Result<Program> {
     let code = pieces::program(random, &[pieces::DEBUG, pieces::PLAIN])?;
-    let mut program = long_program("debug", engine, random, code);
+    let mut program = long_program("debug", random, code);
     // Without the payload capability KVM loses what waits behind MOV SS.
     program.setup.payload = true;
     injections(random, &mut program, 8, 60_000);
     Ok(program)
 }
 
-fn devices(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+fn devices(_: &Kvm, random: &mut Random) -> Result<Program> {
     let code = pieces::program(random, &[pieces::IO, pieces::PLAIN])?;
-    let mut program = long_program("devices", engine, random, code);
+    let mut program = long_program("devices", random, code);
     injections(random, &mut program, 8, 60_000);
     Ok(program)
 }
 
-fn vectors(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+fn vectors(_: &Kvm, random: &mut Random) -> Result<Program> {
     let code = pieces::program(random, &[pieces::VECTORS, pieces::PLAIN])?;
-    let mut program = long_program("vectors", engine, random, code);
+    let mut program = long_program("vectors", random, code);
     injections(random, &mut program, 4, 60_000);
     Ok(program)
 }
 
-fn smp(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+fn smp(_: &Kvm, random: &mut Random) -> Result<Program> {
     let (first, others) = pieces::second_processors(random)?;
-    let mut program = long_program("smp", engine, random, first);
+    let mut program = long_program("smp", random, first);
     program.image.push((long::OTHERS, others));
     program.setup.vcpus = 3;
     program.slice = 1 + random.below(100);
@@ -132,7 +126,7 @@ fn smp(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program>
     Ok(program)
 }
 
-fn everything(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<Program> {
+fn everything(_: &Kvm, random: &mut Random) -> Result<Program> {
     let code = pieces::program(
         random,
         &[
@@ -143,7 +137,7 @@ fn everything(_: &Kvm, engine: TranslationMode, random: &mut Random) -> Result<P
             pieces::VECTORS,
         ],
     )?;
-    let mut program = long_program("everything", engine, random, code);
+    let mut program = long_program("everything", random, code);
     program.setup.payload = true;
     injections(random, &mut program, 8, 60_000);
     Ok(program)
