@@ -121,6 +121,36 @@ fn a_kick_ends_any_loop() {
     }
 }
 
+/// No call sees an INT3 that has completed and is not delivered: KVM_GET_VCPU_EVENTS could not tell it.
+#[test]
+fn a_breakpoint_is_not_lost_by_a_kick() {
+    let machine = Machine::new(&assemble(|a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.int3()?;
+        a.inc(rcx)?;
+        a.jmp(top)
+    }));
+    machine.handler(3, 0x2_0000);
+    let count = [0x48, 0xff, 0xc0, 0x48, 0xcf]; // inc rax; iretq
+    machine.ram.write_bytes(0x2_0000, &count);
+    let mut vcpu = machine.vcpu(0);
+    for _ in 0..2000 {
+        let kick = vcpu.kick_handle();
+        thread::scope(|scope| {
+            scope.spawn(move || kick.kick());
+            assert!(matches!(vcpu.run(), Err(Errno::EINTR)));
+        });
+        let events = vcpu.get_vcpu_events().unwrap();
+        vcpu.set_vcpu_events(&events).unwrap();
+        let regs = vcpu.get_regs().unwrap();
+        assert!(
+            matches!(regs.rax.wrapping_sub(regs.rcx), 0 | 1),
+            "{regs:x?}"
+        );
+    }
+}
+
 /// JMP to itself until the handler of the local APIC's timer leads out of it.
 #[test]
 fn a_timer_interrupts_a_loop_of_one_instruction() {
