@@ -34,24 +34,14 @@ const PATIENCE: Timespec = Timespec {
     tv_nsec: 50_000_000,
 };
 
-/// Where glibc keeps a thread's id, from the thread pointer on. [`is_measured`] makes sure.
-const GLIBC_TID: usize = 0x2d0;
-
-/// The calling thread's id, without a system call, which a filter might forbid.
+/// The calling thread's id, without a system call, which a filter might forbid: the number of its
+/// processor-time clock is made of it (`include/linux/posix-timers.h`). [`is_measured`] makes sure.
 #[allow(unsafe_code)]
 fn thread_id() -> u32 {
-    let id: u32;
-    // SAFETY: a load from the thread's descriptor, which is larger with every C library; what it means is checked
-    // by `is_measured`.
-    unsafe {
-        std::arch::asm!(
-            "mov {:e}, fs:[{}]",
-            out(reg) id,
-            const GLIBC_TID,
-            options(nostack, preserves_flags, readonly)
-        );
-    }
-    id
+    let mut clock = 0;
+    // SAFETY: the calling thread lives, and `clock` takes the result.
+    let failed = unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) };
+    if failed == 0 { !(clock >> 3) as u32 } else { 0 }
 }
 
 /// Whether stolen time can be measured: the host counts it, and threads know their numbers. First asked when
