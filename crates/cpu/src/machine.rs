@@ -95,7 +95,7 @@ pub trait Machine: Send + Sync {
         None
     }
 
-    /// Takes NMI/SMI that arrived from other threads into the event state; called when
-    /// [`crate::requests::EVENT`] was set.
+    /// Takes NMI/SMI that arrived from other threads into the event state, and delivers what timers of the
+    /// vCPU's own make due; called when [`crate::requests::EVENT`] was set.
     fn collect_events(&self, state: &mut CpuState);
 }

@@ -20,7 +20,8 @@
 //!
 //! Time is nanoseconds of one clock of the embedder's choice that never goes back; a deadline is in
 //! the same clock. `timer_armed` tells of every change of a deadline; whoever sleeps until it calls
-//! `timer_expired`, from any thread, early and late calls being harmless.
+//! `timer_expired`, from any thread, early and late calls being harmless. Of a local APIC that only
+//! tells the vCPU, whose own thread then calls [`Lapic::deliver_timer`].
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]

@@ -57,7 +57,7 @@ impl Vcpu {
             }
             // Taken before the look: what comes after it changes the word and ends the sleep.
             self.kick().requests().take(EVENT | OWNER);
-            self.expire_timer();
+            self.machine().deliver_timer();
             if self.wakes(core) {
                 break;
             }
@@ -87,18 +87,6 @@ impl Vcpu {
         self.accept_apic_events(core);
         self.kick().requests().set(EVENT);
         Ok(())
-    }
-
-    /// The APIC timer's own deadline.
-    fn expire_timer(&self) {
-        if let Some(lapic) = self.machine().lapic()
-            && let Some(at) = lapic.next_deadline()
-        {
-            let now = self.vm().time.ns();
-            if at <= now {
-                lapic.timer_expired(now);
-            }
-        }
     }
 
     fn adapt_poll(&self, core: &mut Core, halted_ns: u64, slept: bool) {

@@ -272,6 +272,13 @@ impl VcpuMachine {
         }
     }
 
+    /// The APIC timer's interrupt, if it is due. Only within KVM_RUN: what is due stays so meanwhile.
+    pub fn deliver_timer(&self) {
+        if let Some(lapic) = &self.lapic {
+            lapic.deliver_timer();
+        }
+    }
+
     /// Offset in the local APIC's page, if the address is there.
     fn apic_offset(&self, gpa: u64) -> Option<(&Lapic, u32)> {
         let lapic = self.lapic.as_deref()?;
@@ -398,6 +405,7 @@ impl Machine for VcpuMachine {
     }
 
     fn collect_events(&self, state: &mut CpuState) {
+        self.deliver_timer();
         collect_events(&self.requests, state);
     }
 }

@@ -346,7 +346,7 @@ fn any_access(vm: &TestVm, index: usize, what: u64, place: u64, value: u64) {
         14 => {
             let now = vm.clock.advance(value % 1_000_000);
             chip.timer_expired(now);
-            vm.lapics.iter().for_each(|lapic| lapic.timer_expired(now));
+            vm.lapics.iter().for_each(|lapic| lapic.deliver_timer());
         }
         _ => {
             let _ = lapic.set_state(&vm.lapics[place as usize % 3].state());

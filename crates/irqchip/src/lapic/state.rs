@@ -18,13 +18,13 @@ const LEFT_HIGH: u32 = offset::TIMER_CURRENT_COUNT + 12;
 const STOPPED: u32 = 1;
 /// Its period is the least there is, not the initial count's.
 const BOUNDED: u32 = 2;
+/// It is periodic, and an interrupt is still to come of a period that has ended.
+const DUE: u32 = 4;
 
 impl Lapic {
     /// KVM_GET_LAPIC.
     pub fn state(&self) -> kvm_lapic_state {
-        // A timer that is due has its interrupt in the state, not in the air.
-        self.timer_expired(self.events.now_ns());
-        // Before the registers: it waits for an interrupt that is being given.
+        // A timer that is due stays so: reading delivers nothing.
         let left = self.timer_left();
         let mut state = kvm_lapic_state { regs: [0; 1024] };
         for register in (0..0x400).step_by(16) {
@@ -32,7 +32,7 @@ impl Lapic {
         }
         put(&mut state, offset::TIMER_CURRENT_COUNT, left.count);
         let flag = |on, bit| if on { bit } else { 0 };
-        let flags = flag(left.stopped, STOPPED) | flag(left.bounded, BOUNDED);
+        let flags = flag(left.stopped, STOPPED) | flag(left.bounded, BOUNDED) | flag(left.due, DUE);
         put(&mut state, FLAGS, flags);
         put(&mut state, LEFT_LOW, left.ns as u32);
         put(&mut state, LEFT_HIGH, (left.ns >> 32) as u32);
@@ -62,6 +62,7 @@ impl Lapic {
             ns: u64::from(get(state, LEFT_LOW)) | u64::from(get(state, LEFT_HIGH)) << 32,
             stopped: get(state, FLAGS) & STOPPED != 0,
             bounded: get(state, FLAGS) & BOUNDED != 0,
+            due: get(state, FLAGS) & DUE != 0,
         });
         self.regs.set(offset::TIMER_CURRENT_COUNT, 0);
         self.map_changed();

@@ -1,6 +1,11 @@
 //! The APIC timer: one-shot, periodic and TSC-deadline. SDM volume 3, "APIC Timer". The bus clock is
 //! 1 GHz, so a count divided by nothing is nanoseconds.
 //!
+//! A timer whose deadline has passed is due: it stays armed until the vCPU's thread delivers its
+//! interrupt within KVM_RUN (`kvm_inject_pending_timer_irqs`), and whoever sees the deadline pass only
+//! tells the vCPU. So a stopped vCPU's registers stand still, and what a VMM reads by several calls fits
+//! together.
+//!
 //! Only this part of the APIC has a lock: its deadline is looked at by the event thread while the vCPU
 //! runs. The deadline is also kept in an atomic, for those who only want to know when.
 
@@ -53,11 +58,11 @@ struct TimerState {
     divide: u32,
     /// Initial count in nanoseconds (bounded below when periodic); 0: never started.
     period: u64,
-    /// When the count reaches zero, or did.
+    /// When the count reaches zero, or did: of a periodic timer that is due, the first time or the next.
     target: u64,
     /// IA32_TSC_DEADLINE.
     tsc_deadline: u64,
-    /// When the interrupt is due.
+    /// When the interrupt is due, until it is delivered.
     armed: Option<u64>,
 }
 
@@ -74,9 +79,7 @@ impl TimerState {
         match self.mode {
             TimerMode::Periodic if self.period != 0 => {
                 // Ticks that nobody was there to take are lost, the phase is kept.
-                let missed = now.saturating_sub(self.target) / self.period;
-                let step = self.period.saturating_mul(missed + 1);
-                self.target = self.target.saturating_add(step);
+                self.target = now.saturating_add(self.left_ns(now));
                 self.armed = Some(self.target);
             }
             TimerMode::TscDeadline => self.tsc_deadline = 0,
@@ -84,10 +87,15 @@ impl TimerState {
         }
     }
 
-    /// Nanoseconds until the timer goes off.
-    fn left_ns(&self, initial: u32, now: u64) -> u64 {
-        if !self.mode.counts() || initial == 0 || self.period == 0 {
-            return 0;
+    fn is_due(&self, now: u64) -> bool {
+        self.armed.is_some_and(|at| at <= now)
+    }
+
+    /// Nanoseconds until the count is zero (again, if it is periodic).
+    fn left_ns(&self, now: u64) -> u64 {
+        if self.mode == TimerMode::Periodic && self.target <= now {
+            let passed = (now - self.target).checked_rem(self.period);
+            return passed.map_or(0, |passed| self.period - passed);
         }
         self.target.saturating_sub(now)
     }
@@ -107,10 +115,12 @@ impl TimerState {
 pub(super) struct TimeLeft {
     /// The current-count register.
     pub count: u32,
-    /// Nanoseconds until it goes off.
+    /// Nanoseconds until it is zero.
     pub ns: u64,
     /// It has run out and does not run.
     pub stopped: bool,
+    /// It is periodic, and the interrupt of an earlier zero is still to come.
+    pub due: bool,
     /// Its period is [`MIN_PERIOD_NS`], more than the initial count's.
     pub bounded: bool,
 }
@@ -157,18 +167,17 @@ struct Guard<'a> {
 }
 
 impl Guard<'_> {
-    /// Delivers the interrupt if `fire`, unlocks, and tells of a new deadline. Whoever reads registers and
-    /// deadline meanwhile finds the one or the other: nothing is in the air.
-    fn finish(self, lapic: &Lapic, fire: bool) {
+    /// Unlocks, and tells of a new deadline; if it has passed already (`due`), the vCPU too.
+    fn finish(self, lapic: &Lapic, due: bool) {
         let mut armed = self.state.armed;
         let changed = armed != self.timer.deadline();
         self.timer
             .deadline
             .store(armed.unwrap_or(NEVER), Ordering::SeqCst);
-        if fire {
-            lapic.deliver_lvt(LvtEntry::Timer);
-        }
         drop(self.state);
+        if due {
+            lapic.events.notify();
+        }
         let mut untold = changed;
         while untold {
             lapic.events.timer_armed(armed);
@@ -194,17 +203,33 @@ impl Lapic {
         self.timer.deadline()
     }
 
-    /// Delivers the timer interrupt if the deadline has passed at `now`, and rearms a periodic timer.
+    /// Tells the vCPU if the deadline has passed at `now`. Any thread.
     pub fn timer_expired(&self, now: u64) {
-        if self.next_deadline().is_none_or(|deadline| deadline > now) {
+        if self.timer_is_due(now) {
+            self.events.notify();
+        }
+    }
+
+    fn timer_is_due(&self, now: u64) -> bool {
+        self.next_deadline().is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Delivers the interrupt of a timer that is due, and rearms a periodic one. On the vCPU's own thread,
+    /// before it looks for interrupts.
+    pub fn deliver_timer(&self) {
+        if self.next_deadline().is_none() {
+            return;
+        }
+        let now = self.events.now_ns();
+        if !self.timer_is_due(now) {
             return;
         }
         let mut timer = self.lock_timer();
-        let due = timer.state.armed.is_some_and(|deadline| deadline <= now);
-        if due {
+        if timer.state.is_due(now) {
             timer.state.advance(now);
+            self.deliver_lvt(LvtEntry::Timer);
         }
-        timer.finish(self, due);
+        timer.finish(self, false);
     }
 
     /// IA32_TSC_DEADLINE: 0 unless the timer is in that mode and armed.
@@ -224,16 +249,16 @@ impl Lapic {
             return;
         }
         timer.state.tsc_deadline = value;
-        let fire = arm_tsc_deadline(&mut timer.state, self.events.as_ref());
-        timer.finish(self, fire);
+        let due = arm_tsc_deadline(&mut timer.state, self.events.as_ref());
+        timer.finish(self, due);
     }
 
     /// The guest TSC's offset or rate changed: an armed TSC deadline gets a new time.
     pub fn tsc_changed(&self) {
         let mut timer = self.lock_timer();
-        let fire = timer.state.mode == TimerMode::TscDeadline
+        let due = timer.state.mode == TimerMode::TscDeadline
             && arm_tsc_deadline(&mut timer.state, self.events.as_ref());
-        timer.finish(self, fire);
+        timer.finish(self, due);
     }
 
     pub(super) fn timer_current_count(&self) -> u32 {
@@ -244,11 +269,14 @@ impl Lapic {
         let initial = self.regs.get(offset::TIMER_INITIAL_COUNT);
         let timer = self.lock_timer();
         let state = &timer.state;
-        let ns = state.left_ns(initial, self.events.now_ns());
+        let now = self.events.now_ns();
+        let runs = state.mode.counts() && initial != 0 && state.armed.is_some();
+        let ns = if runs { state.left_ns(now) } else { 0 };
         TimeLeft {
             count: state.count(ns),
             ns,
             stopped: state.mode.counts() && state.period != 0 && state.armed.is_none(),
+            due: runs && state.mode == TimerMode::Periodic && state.is_due(now),
             bounded: state.period > bus_ns(initial, state.divide),
         }
     }
@@ -297,16 +325,18 @@ impl Lapic {
         let old = std::mem::replace(&mut state.divide, divisor(value));
         if old != state.divide && state.period != 0 {
             let now = self.events.now_ns();
+            let left = state.left_ns(now);
             let initial = self.regs.get(offset::TIMER_INITIAL_COUNT);
             state.period = bus_ns(initial, state.divide);
             state.bound_period();
             if state.armed.is_some() && state.mode.counts() {
-                let remaining = u128::from(state.target.saturating_sub(now))
-                    * u128::from(state.divide)
-                    / u128::from(old.max(1));
+                let remaining =
+                    u128::from(left) * u128::from(state.divide) / u128::from(old.max(1));
                 let remaining = u64::try_from(remaining).unwrap_or(u64::MAX);
                 state.target = now.saturating_add(remaining);
-                state.armed = Some(state.target);
+                if !state.is_due(now) {
+                    state.armed = Some(state.target);
+                }
             }
         }
         timer.finish(self, false);
@@ -330,14 +360,14 @@ impl Lapic {
             },
             ..TimerState::default()
         };
-        let mut fire = false;
+        let mut due = false;
         if mode == TimerMode::TscDeadline {
             // TSC-deadline mode has no count; entering it clears what is left of one.
             if !deadline_kept {
                 self.regs.set(offset::TIMER_INITIAL_COUNT, 0);
             }
             state.period = 0;
-            fire = arm_tsc_deadline(&mut state, self.events.as_ref());
+            due = arm_tsc_deadline(&mut state, self.events.as_ref());
         } else if mode.counts() && state.period != 0 {
             state.bound_period();
             if left.bounded {
@@ -349,12 +379,15 @@ impl Lapic {
                 remaining => remaining.min(state.period),
             };
             if !(left.stopped && remaining == 0) {
-                state.target = self.events.now_ns().saturating_add(remaining);
-                state.armed = Some(state.target);
+                let now = self.events.now_ns();
+                state.target = now.saturating_add(remaining);
+                let earlier = left.due && mode == TimerMode::Periodic;
+                state.armed = Some(if earlier { now } else { state.target });
+                due = state.is_due(now);
             }
         }
         *timer.state = state;
-        timer.finish(self, fire);
+        timer.finish(self, due);
     }
 
     /// RESET and INIT: the count is gone; the registers are the caller's to clear.
@@ -368,17 +401,13 @@ impl Lapic {
     }
 }
 
-/// Arms the TSC deadline; true if it has passed, in which case the interrupt is the caller's to give.
+/// Arms the TSC deadline; true if it has passed.
 fn arm_tsc_deadline(state: &mut TimerState, events: &dyn VcpuEvents) -> bool {
     state.armed = None;
     if state.tsc_deadline == 0 {
         return false;
     }
     let due = events.tsc_to_ns(state.tsc_deadline);
-    if due <= events.now_ns() {
-        state.tsc_deadline = 0;
-        return true;
-    }
     state.armed = Some(due.min(NEVER - 1));
-    false
+    state.is_due(events.now_ns())
 }

@@ -8,6 +8,7 @@ mod io;
 mod kicks;
 mod memory;
 mod msrs;
+mod timers;
 mod translation;
 
 use anykvm::bindings::{kvm_regs, kvm_userspace_memory_region};
@@ -32,8 +33,12 @@ impl Guest {
     }
 
     pub fn with_flags(flags: u32) -> Self {
+        Self::of(Kvm::new().unwrap().create_vm().unwrap(), flags)
+    }
+
+    pub fn of(vm: VmFd, flags: u32) -> Self {
         let guest = Self {
-            vm: Kvm::new().unwrap().create_vm().unwrap(),
+            vm,
             ram: Mapping::anonymous(RAM).unwrap(),
         };
         guest

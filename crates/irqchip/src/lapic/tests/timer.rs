@@ -1,3 +1,7 @@
+use std::sync::atomic::Ordering;
+
+use anykvm_abi::kvm_lapic_state;
+
 use crate::sync::lock;
 use crate::tests::{TSC_PER_NS, TestVm};
 
@@ -18,11 +22,25 @@ fn vm(mode: u32) -> TestVm {
     vm
 }
 
-/// Lets time pass; the vectors that came of it.
+/// Lets time pass, then runs the vCPU; the vectors that came of it.
 fn pass(vm: &TestVm, ns: u64) -> Vec<u8> {
-    let now = vm.clock.advance(ns);
-    vm.lapics[0].timer_expired(now);
+    vm.clock.advance(ns);
+    run(vm)
+}
+
+/// What the vCPU takes as soon as it runs.
+fn run(vm: &TestVm) -> Vec<u8> {
+    vm.lapics[0].deliver_timer();
     vm.drain(0)
+}
+
+/// Lets time pass, and the timer go off, while the vCPU does not run; true if it is told.
+fn pass_stopped(vm: &TestVm, ns: u64) -> bool {
+    let told = || vm.vcpus[0].notified.load(Ordering::Relaxed);
+    let before = told();
+    vm.lapics[0].timer_expired(vm.clock.advance(ns));
+    assert_eq!(vm.lapics[0].highest_irr(), None);
+    told() != before
 }
 
 #[test]
@@ -112,7 +130,9 @@ fn tsc_deadline() {
     assert_eq!(lapic.tsc_deadline(), 0);
     // In the past: at once. Zero: never.
     lapic.set_tsc_deadline(1);
-    assert_eq!(vm.drain(0), [0x41]);
+    assert!(pass_stopped(&vm, 0));
+    assert_eq!(run(&vm), [0x41]);
+    assert_eq!(lapic.tsc_deadline(), 0);
     lapic.set_tsc_deadline(tsc(5000));
     lapic.set_tsc_deadline(0);
     assert_eq!(lapic.next_deadline(), None);
@@ -155,11 +175,96 @@ fn a_masked_timer_runs_silently() {
 
 /// The state of `vm` in another VM whose clock reads the same.
 fn restored(vm: &TestVm) -> TestVm {
+    restored_from(vm, &vm.lapics[0].state(), vm.lapics[0].tsc_deadline())
+}
+
+/// Another VM whose clock reads what `vm`'s does, with this state.
+fn restored_from(vm: &TestVm, state: &kvm_lapic_state, tsc_deadline: u64) -> TestVm {
     let copy = TestVm::new(1);
     copy.clock.advance(vm.clock.now() - copy.clock.now());
-    copy.lapics[0].set_state(&vm.lapics[0].state()).unwrap();
-    copy.lapics[0].set_tsc_deadline(vm.lapics[0].tsc_deadline());
+    copy.lapics[0].set_state(state).unwrap();
+    copy.lapics[0].set_tsc_deadline(tsc_deadline);
     copy
+}
+
+/// The registers and the deadline are read by two calls. A timer that goes off before, between or behind
+/// them gives one interrupt in the VM that is read, and one in the VM that is made of what was read.
+#[test]
+fn a_timer_goes_off_between_two_reads() {
+    const READS: usize = 2;
+    for mode in [ONE_SHOT, PERIODIC, TSC_DEADLINE] {
+        for lapic_first in [true, false] {
+            for goes_off_before in 0..=READS {
+                let vm = vm(mode);
+                let lapic = &vm.lapics[0];
+                vm.write(0, INITIAL, 1_000_000);
+                lapic.set_tsc_deadline((vm.clock.now() + 1_000_000) * TSC_PER_NS);
+                vm.clock.advance(999_999);
+                let (mut state, mut deadline) = (None, 0);
+                for read in 0..READS {
+                    if read == goes_off_before {
+                        assert!(pass_stopped(&vm, 1));
+                    }
+                    if lapic_first == (read == 0) {
+                        state = Some(lapic.state());
+                    } else {
+                        deadline = lapic.tsc_deadline();
+                    }
+                }
+                if goes_off_before == READS {
+                    assert!(pass_stopped(&vm, 1));
+                }
+                let copy = restored_from(&vm, &state.unwrap(), deadline);
+                // Read before it went off, a count goes on from there.
+                pass_stopped(&copy, 1);
+                for vm in [&vm, &copy] {
+                    let case = (mode, lapic_first, goes_off_before);
+                    assert_eq!(run(vm), [0x41], "{case:?}");
+                    assert_eq!(run(vm), [], "{case:?}");
+                    let again = if mode == PERIODIC { vec![0x41] } else { vec![] };
+                    assert_eq!(pass(vm, 1_000_000), again, "{case:?}");
+                    assert_eq!(vm.lapics[0].tsc_deadline(), 0);
+                }
+            }
+        }
+    }
+}
+
+/// A periodic timer that is due goes on counting: the tick and the phase are both restored.
+#[test]
+fn a_periodic_timer_that_is_due_keeps_its_phase() {
+    let vm = vm(PERIODIC);
+    vm.write(0, INITIAL, 300_000);
+    assert!(pass_stopped(&vm, 700_000));
+    let copy = restored(&vm);
+    let copy_of_copy = restored(&copy);
+    for vm in [&vm, &copy, &copy_of_copy] {
+        assert_eq!(vm.read(0, CURRENT), 200_000);
+        assert_eq!(run(vm), [0x41]);
+        assert_eq!(vm.read(0, CURRENT), 200_000);
+        assert_eq!(pass(vm, 199_999), []);
+        assert_eq!(pass(vm, 1), [0x41]);
+    }
+    // Another rate on the way loses neither.
+    let vm = self::vm(PERIODIC);
+    vm.write(0, INITIAL, 300_000);
+    assert!(pass_stopped(&vm, 400_000));
+    vm.write(0, DIVIDE, 0); // 2
+    assert_eq!(run(&vm), [0x41]);
+    assert_eq!(pass(&vm, 399_999), []);
+    assert_eq!(pass(&vm, 1), [0x41]);
+}
+
+/// Starting or stopping a timer that is due forgets the interrupt (`cancel_apic_timer`).
+#[test]
+fn a_timer_that_is_due_is_written() {
+    for (offset, value) in [(INITIAL, 0), (INITIAL, 1_000_000), (0x320, TSC_DEADLINE)] {
+        let vm = vm(ONE_SHOT);
+        vm.write(0, INITIAL, 1000);
+        assert!(pass_stopped(&vm, 1000));
+        vm.write(0, offset, value);
+        assert_eq!(run(&vm), []);
+    }
 }
 
 #[test]
@@ -187,17 +292,18 @@ fn a_restored_timer_goes_on() {
 
 #[test]
 fn a_timer_that_has_run_out_does_so_once() {
-    // Due, but nobody has looked yet: the interrupt is in the state.
+    // Due, but the vCPU has not run since.
     let vm = vm(ONE_SHOT);
     vm.write(0, INITIAL, 1000);
     vm.clock.advance(2000);
     let copy = restored(&vm);
-    assert_eq!(copy.drain(0), [0x41]);
+    assert_eq!(run(&copy), [0x41]);
     assert_eq!(pass(&copy, 1_000_000), []);
+    assert_eq!(run(&vm), [0x41]);
+    assert_eq!(run(&restored(&vm)), []);
     // A state that does not say so, KVM's or QEMU's, has the interrupt still to come.
     let mut state = vm.lapics[0].state();
     state.regs[0x394..0x398].fill(0);
-    vm.drain(0);
     vm.lapics[0].set_state(&state).unwrap();
     assert_eq!(pass(&vm, 0), [0x41]);
 }
@@ -257,7 +363,7 @@ fn a_changed_current_count_counts() {
 fn any_state_is_survived() {
     let vm = TestVm::new(1);
     for byte in [0xff, 0x7f, 0x20, 0x02] {
-        let state = anykvm_abi::kvm_lapic_state {
+        let state = kvm_lapic_state {
             regs: [byte as _; 1024],
         };
         vm.lapics[0].set_state(&state).unwrap();
