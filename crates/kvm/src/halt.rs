@@ -165,6 +165,8 @@ impl Vcpu {
 
     /// INIT: processor and local APIC to their initial state, the pending I/O forgotten.
     fn reset_by_init(&self, core: &mut Core) {
+        // What has arrived is forgotten with what is pending, whether it has been looked at or not.
+        collect_events(self.requests(), &mut core.cpu.state);
         core.cpu.state.init();
         if let Some(signature) = self.machine().cpuid().signature() {
             core.cpu.state.regs[reg::RDX] = signature.into();

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
-use anykvm::bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
-use anykvm::{VcpuExit, VcpuFd};
+use anykvm::bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MP_STATE_INIT_RECEIVED, kvm_enable_cap, kvm_msi,
+};
+use anykvm::{Errno, VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::Guest;
@@ -157,5 +159,29 @@ fn msi_with_a_split_irqchip() {
     for _ in 0..3 {
         assert_eq!(guest.vm.signal_msi(msi), Ok(1));
         assert_eq!(vector(&mut vcpu), 0x41);
+    }
+}
+
+/// INIT forgets an NMI that came before it, whether somebody has looked at the vCPU meanwhile or not.
+#[test]
+fn init_forgets_an_earlier_nmi() {
+    for looked_at in [true, false] {
+        let guest = Guest::new();
+        guest.vm.create_irq_chip().unwrap();
+        let mut ap = guest.vm.create_vcpu(1).unwrap();
+        ap.nmi().unwrap();
+        if looked_at {
+            assert_eq!(ap.get_vcpu_events().unwrap().nmi.pending, 1);
+        }
+        let init = kvm_msi {
+            address_lo: 0xfee0_1000,
+            data: 0x500,
+            ..Default::default()
+        };
+        assert_eq!(guest.vm.signal_msi(init), Ok(1));
+        assert_eq!(ap.run().unwrap_err(), Errno::EAGAIN);
+        let state = ap.get_mp_state().unwrap().mp_state;
+        assert_eq!(state, KVM_MP_STATE_INIT_RECEIVED);
+        assert_eq!(ap.get_vcpu_events().unwrap().nmi.pending, 0);
     }
 }
