@@ -34,6 +34,11 @@ struct Seen<'a> {
 }
 
 impl Seen<'_> {
+    /// The case's instructions, one behind the other.
+    fn instructions(&self) -> impl Iterator<Item = Instruction> {
+        instructions(self.case)
+    }
+
     fn vectors(&self) -> (Option<u8>, Option<u8>) {
         let vector = |end: &End| match end {
             End::Exception { vector, .. } => Some(*vector),
@@ -157,13 +162,7 @@ pub const TOLERATED: &[Tolerated] = &[
         name: "left out, but reached within another instruction",
         reason: "a branch leads into an instruction, where the bytes are one that is not compared",
         applies: |s| {
-            let mut decoder = Decoder::with_ip(
-                s.case.bits,
-                &s.case.code,
-                s.case.state.rip,
-                DecoderOptions::NONE,
-            );
-            let is_there = decoder.iter().any(|i| i.ip() == s.insn.ip());
+            let is_there = s.instructions().any(|i| i.ip() == s.insn.ip());
             !is_there && excluded::reason(&s.insn).is_some()
         },
     },
@@ -378,13 +377,7 @@ pub const TOLERATED: &[Tolerated] = &[
         reason: "AMD's processors (Zen 4) read RSP as it was before the PUSH, POP or CALL in front of an \
                  instruction whose EVEX.X is set beside a general register, where it means nothing",
         applies: |s| {
-            let mut decoder = Decoder::with_ip(
-                s.case.bits,
-                &s.case.code,
-                s.case.state.rip,
-                DecoderOptions::NONE,
-            );
-            decoder.iter().any(|i| {
+            s.instructions().any(|i| {
                 let at = (i.ip() - s.case.state.rip) as usize;
                 let evex = s.case.code[at..].iter().position(|b| *b == 0x62);
                 let x = evex.and_then(|n| s.case.code.get(at + n + 1));
@@ -562,6 +555,10 @@ pub const TOLERATED: &[Tolerated] = &[
     },
 ];
 
+fn instructions(case: &Case) -> impl Iterator<Item = Instruction> {
+    Decoder::with_ip(case.bits, &case.code, case.state.rip, DecoderOptions::NONE).into_iter()
+}
+
 /// The rule that explains a difference, if one does.
 pub fn explanation(
     case: &Case,
@@ -569,8 +566,7 @@ pub fn explanation(
     guest: &Outcome,
     differences: &[Difference],
 ) -> Option<&'static Tolerated> {
-    let mut decoder = Decoder::with_ip(case.bits, &case.code, case.state.rip, DecoderOptions::NONE);
-    let insns: Vec<Instruction> = decoder.iter().collect();
+    let insns: Vec<Instruction> = instructions(case).collect();
     // A fault is the instruction's at RIP, which may begin in the middle of another; any could have
     // stored what differs in memory.
     let at = |rip: u64| {

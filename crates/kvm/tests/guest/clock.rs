@@ -1,23 +1,13 @@
 //! The guest's clock pages (`struct pvclock_vcpu_time_info`).
 
-use anykvm::bindings::{Msrs, kvm_clock_data, kvm_msr_entry};
+use anykvm::bindings::kvm_clock_data;
 use anykvm::{VcpuExit, VcpuFd};
 
-use crate::{CODE, Guest};
+use crate::{CODE, Guest, msr, set_msr};
 
 const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 const MSR_TSC: u32 = 0x10;
 const PAGES: [u64; 2] = [0x2000, 0x3000];
-
-fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) {
-    let entry = kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    };
-    let msrs = Msrs::from_entries(&[entry]).unwrap();
-    assert_eq!(vcpu.set_msrs(&msrs).unwrap(), 1);
-}
 
 /// What a guest would see at this TSC; and the page's version.
 fn read(guest: &Guest, page: u64, tsc: u64) -> (u64, u32) {
@@ -33,16 +23,6 @@ fn read(guest: &Guest, page: u64, tsc: u64) -> (u64, u32) {
     let ns = ((u128::from(shifted) * mul) >> 32) as u64;
     let system_time = guest.ram.read::<u64>(at + 16);
     (system_time.wrapping_add(ns), guest.ram.read(at))
-}
-
-fn tsc(vcpu: &VcpuFd) -> u64 {
-    let entry = kvm_msr_entry {
-        index: MSR_TSC,
-        ..Default::default()
-    };
-    let mut msrs = Msrs::from_entries(&[entry]).unwrap();
-    assert_eq!(vcpu.get_msrs(&mut msrs).unwrap(), 1);
-    msrs.as_slice()[0].data
 }
 
 fn halt(vcpu: &mut VcpuFd) {
@@ -79,7 +59,7 @@ fn no_vcpu_goes_on_before_all_pages_are_written() {
     guest.vm.set_clock(&clock).unwrap();
     halt(&mut second);
     for page in PAGES {
-        let (ns, version) = read(&guest, page, tsc(&first));
+        let (ns, version) = read(&guest, page, msr(&first, MSR_TSC));
         assert!(ns >= ahead, "{page:#x}: {ns}");
         assert_eq!(version, 4);
     }
@@ -88,7 +68,7 @@ fn no_vcpu_goes_on_before_all_pages_are_written() {
     halt(&mut second);
     let versions = PAGES.map(|page| read(&guest, page, 0).1);
     assert_eq!(versions, [6, 4]);
-    let (ns, _) = read(&guest, PAGES[0], tsc(&first));
+    let (ns, _) = read(&guest, PAGES[0], msr(&first, MSR_TSC));
     assert!((ahead..ahead + (1 << 40)).contains(&ns), "{ns}");
 }
 
@@ -121,7 +101,7 @@ fn the_vmm_reads_the_guests_time() {
         halt(&mut vcpu);
         std::thread::sleep(std::time::Duration::from_millis(200));
         let before = guest.vm.get_clock().unwrap().clock;
-        let seen = read(&guest, PAGES[0], tsc(&vcpu)).0;
+        let seen = read(&guest, PAGES[0], msr(&vcpu, MSR_TSC)).0;
         let after = guest.vm.get_clock().unwrap().clock;
         assert!(
             (before..=after).contains(&seen),

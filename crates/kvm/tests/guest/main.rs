@@ -84,3 +84,13 @@ impl Guest {
         vcpu
     }
 }
+
+/// An MSR that there is.
+pub fn msr(vcpu: &VcpuFd, index: u32) -> u64 {
+    msrs::get(vcpu, index).unwrap()
+}
+
+/// Sets an MSR that takes the value.
+pub fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) {
+    assert!(msrs::set(vcpu, index, value));
+}

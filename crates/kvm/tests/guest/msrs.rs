@@ -64,12 +64,12 @@ fn entry(index: u32, data: u64) -> Msrs {
     .unwrap()
 }
 
-fn get(vcpu: &VcpuFd, index: u32) -> Option<u64> {
+pub fn get(vcpu: &VcpuFd, index: u32) -> Option<u64> {
     let mut msrs = entry(index, 0);
     (vcpu.get_msrs(&mut msrs).unwrap() == 1).then(|| msrs.as_slice()[0].data)
 }
 
-fn set(vcpu: &VcpuFd, index: u32, value: u64) -> bool {
+pub fn set(vcpu: &VcpuFd, index: u32, value: u64) -> bool {
     vcpu.set_msrs(&entry(index, value)).unwrap() == 1
 }
 

@@ -1,10 +1,10 @@
 //! A stopped vCPU's APIC timer goes off: what a VMM reads before and after that, by two calls, gives the guest
 //! one interrupt in a new VM, as it gets where it is. Time is counted, so that nothing depends on the host.
 
-use anykvm::bindings::{Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
+use anykvm::bindings::{kvm_lapic_state, kvm_regs, kvm_sregs};
 use anykvm::{CountedTime, Errno, Kvm, VcpuExit, VcpuFd};
 
-use crate::Guest;
+use crate::{Guest, msr, set_msr};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_APIC_BASE: u32 = 0x1b;
@@ -23,26 +23,6 @@ struct Saved {
     lapic: kvm_lapic_state,
     tsc: u64,
     deadline: u64,
-}
-
-fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) {
-    let entry = kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    };
-    let msrs = Msrs::from_entries(&[entry]).unwrap();
-    assert_eq!(vcpu.set_msrs(&msrs).unwrap(), 1);
-}
-
-fn msr(vcpu: &VcpuFd, index: u32) -> u64 {
-    let entry = kvm_msr_entry {
-        index,
-        ..Default::default()
-    };
-    let mut msrs = Msrs::from_entries(&[entry]).unwrap();
-    assert_eq!(vcpu.get_msrs(&mut msrs).unwrap(), 1);
-    msrs.as_slice()[0].data
 }
 
 fn put(state: &mut kvm_lapic_state, at: usize, value: u32) {

@@ -1,6 +1,6 @@
 //! Dirty logging under a guest that writes everywhere: a copy made with the log alone is complete.
 
-use crate::{DATA, END, Machine, RAM, assemble};
+use crate::{DATA, END, Machine, RAM, assemble, next_random};
 use anykvm::VcpuExit;
 use anykvm::bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use iced_x86::code_asm::*;
@@ -34,15 +34,7 @@ fn no_page_is_missed() {
         a.mov(r15d, 400_000)?;
         a.set_label(&mut top)?;
         // An address among the written ones, with room for 64 bytes: xorshift.
-        a.mov(rax, rbx)?;
-        a.shl(rax, 13)?;
-        a.xor(rbx, rax)?;
-        a.mov(rax, rbx)?;
-        a.shr(rax, 7)?;
-        a.xor(rbx, rax)?;
-        a.mov(rax, rbx)?;
-        a.shl(rax, 17)?;
-        a.xor(rbx, rax)?;
+        next_random(a)?;
         a.mov(esi, ebx)?;
         a.and(esi, 0x5f_ff80)?;
         a.cmp(esi, 0x5f_b000)?;

@@ -11,7 +11,7 @@ use anykvm::{VcpuExit, VcpuFd};
 use anykvm_cpu::memory::mapping::Mapping;
 use iced_x86::code_asm::*;
 
-use crate::{END, Machine, RAM, assemble};
+use crate::{END, Machine, RAM, assemble, next_random};
 
 const PAGE: usize = 4096;
 const ENTRIES: usize = 256;
@@ -139,15 +139,7 @@ fn no_page_is_missed() {
         a.mov(r15d, 60_000)?;
         a.set_label(&mut top)?;
         // An address among 1,500 pages, with room for 64 bytes: xorshift.
-        a.mov(rax, rbx)?;
-        a.shl(rax, 13)?;
-        a.xor(rbx, rax)?;
-        a.mov(rax, rbx)?;
-        a.shr(rax, 7)?;
-        a.xor(rbx, rax)?;
-        a.mov(rax, rbx)?;
-        a.shl(rax, 17)?;
-        a.xor(rbx, rax)?;
+        next_random(a)?;
         a.mov(esi, ebx)?;
         a.and(esi, 0x3f_ff80)?;
         a.add(esi, 0x20_0000)?;

@@ -17,7 +17,7 @@ use anykvm::bindings::{
 use anykvm::{Kvm, VcpuExit, VcpuFd, VmFd};
 use anykvm_cpu::memory::mapping::Mapping;
 use iced_x86::IcedError;
-use iced_x86::code_asm::CodeAssembler;
+use iced_x86::code_asm::{CodeAssembler, rax, rbx};
 
 /// Guest memory is from 0 to here, mapped at the same addresses: in pages of 4 KiB below 2 MiB.
 pub const RAM: usize = 8 << 20;
@@ -174,6 +174,19 @@ pub fn assemble(build: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>)
     let mut a = CodeAssembler::new(64).unwrap();
     build(&mut a).unwrap();
     a.assemble(CODE).unwrap()
+}
+
+/// The next random number in RBX (xorshift); RAX is destroyed.
+pub fn next_random(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(rax, rbx)?;
+    a.shl(rax, 13)?;
+    a.xor(rbx, rax)?;
+    a.mov(rax, rbx)?;
+    a.shr(rax, 7)?;
+    a.xor(rbx, rax)?;
+    a.mov(rax, rbx)?;
+    a.shl(rax, 17)?;
+    a.xor(rbx, rax)
 }
 
 /// Runs to the end, through kicks.
