@@ -188,11 +188,14 @@ fn parameters(task: &str) -> String {
     format!("quiet anykvm.task={task}")
 }
 
-/// The numbers behind `anykvm-guest: work NAME` in a program's output.
+/// The numbers behind `anykvm-guest: work NAME` in a program's output. What the monitor says may follow before
+/// the line's end.
 fn times(outcome: &Outcome) -> impl Iterator<Item = (String, f64)> {
     outcome.output.lines().filter_map(|line| {
         let (_, rest) = line.split_once("anykvm-guest: work ")?;
         let (kind, time) = rest.trim().split_once(' ')?;
+        let end = time.find(|c: char| !c.is_ascii_digit());
+        let time = &time[..end.unwrap_or(time.len())];
         Some((kind.to_owned(), time.parse().ok()?))
     })
 }
