@@ -2,6 +2,9 @@
 //! A panic of the processor fails the test with the input's file or seed in its message; what the
 //! kernel ends (an access beyond a slot) or what does not end leaves it on standard error.
 
+mod random;
+
+use random::Random;
 use std::fs;
 use std::path::Path;
 
@@ -20,18 +23,6 @@ fn kept_inputs() {
         count += 1;
     }
     assert!(count > 0, "no input in {}", folder().display());
-}
-
-/// xorshift64*, so that a failure repeats.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
 }
 
 /// First bytes of instructions that change what the next ones mean.

@@ -1,21 +1,12 @@
 //! A fixed number of random sequences of ioctls: the short form of `cargo xtask fuzz ioctls`. With
 //! `ANYKVM_FUZZ_SECONDS` as many as there is time for, from another seed each run.
 
+mod random;
+
+use random::Random;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime};
-
-/// xorshift64*, so that a failure repeats.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-}
 
 const INPUTS: u64 = 250;
 /// An input that takes longer counts as one that never ends.

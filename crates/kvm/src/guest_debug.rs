@@ -7,23 +7,15 @@ use anykvm_abi::{
 };
 use anykvm_cpu::events::{ExceptionEvent, vector};
 
+use crate::capability_table::GUEST_DEBUG;
 use crate::error::{Errno, Result};
 use crate::vcpu::Vcpu;
-
-/// Every control bit there is.
-const KNOWN: u32 = KVM_GUESTDBG_ENABLE
-    | KVM_GUESTDBG_SINGLESTEP
-    | KVM_GUESTDBG_USE_SW_BP
-    | KVM_GUESTDBG_USE_HW_BP
-    | KVM_GUESTDBG_INJECT_DB
-    | KVM_GUESTDBG_INJECT_BP
-    | KVM_GUESTDBG_BLOCKIRQ;
 
 impl Vcpu {
     /// KVM_SET_GUEST_DEBUG.
     pub fn set_guest_debug(&self, debug: &kvm_guest_debug) -> Result<()> {
         let control = debug.control;
-        if control & !KNOWN != 0 {
+        if control & !GUEST_DEBUG != 0 {
             return Err(Errno::EINVAL);
         }
         self.change(|core| {
