@@ -41,6 +41,14 @@ pub trait Translator: Send {
     /// around; `Err` ends [`Cpu::run`]. Called only when no instruction has to be executed alone.
     fn run(&mut self, cpu: &mut Cpu) -> Result<(), Exit>;
 
+    /// Executes code from the processor's RIP on, no more instructions than `most`, and nothing that the
+    /// interpreter would have to do; returns how many. `None` if there is no translation to enter, or it must not
+    /// be. Instructions whose result is another each time are not executed, nor are repeated string instructions, and
+    /// time is not looked at.
+    fn run_by_count(&mut self, _cpu: &mut Cpu, _most: u64) -> Option<u64> {
+        None
+    }
+
     /// What it has done so far, and what it holds.
     fn stats(&self) -> TranslatorStats {
         TranslatorStats::default()
@@ -128,6 +136,18 @@ impl Cpu {
             Ok(None) => self.run_crossing(rip).map(|()| None),
             Err(stop) => self.instruction_stopped(stop, None, rip).map(|()| None),
         }
+    }
+
+    /// The same, but if there is none nothing happens.
+    pub fn block_without_effect(&mut self) -> Option<BlockId> {
+        if self.asked_to_drop() {
+            return None;
+        }
+        let found = self.block_at(self.state.rip());
+        if found.is_err() {
+            self.exit = None;
+        }
+        found.ok().flatten()
     }
 
     /// A block.

@@ -39,7 +39,8 @@ pub enum Wish {
         /// How the flags can be made there: index in [`crate::translate::Translation::recipes`].
         recipe: Option<u16>,
     },
-    /// Look at requests; RIP is the block's first instruction.
+    /// Look at requests; RIP is the block's first instruction. Or the number of instructions that might be
+    /// executed is used up, at any of them.
     Request,
     /// Interpret the block at RIP: its vector instructions need more than translated code can do.
     Block,
@@ -219,8 +220,10 @@ impl Block {
     /// A branch to the translation that shares nothing; it leads behind itself at first.
     fn go_apart(&mut self, undone: u16) -> Result<Hole, IcedError> {
         if undone > 0 {
+            // With a bound they count down.
+            let back = i64::from(undone) * if self.by_count { 1 } else { -1 };
             self.a.load(POINTER, slot(Slot::Instructions))?;
-            self.a.lea(POINTER, at(POINTER, -i64::from(undone)))?;
+            self.a.lea(POINTER, at(POINTER, back))?;
             self.a.store(slot(Slot::Instructions), POINTER)?;
         }
         let jump = self.a.jmp();

@@ -17,6 +17,7 @@ mod access;
 mod asm;
 mod branch;
 mod budget;
+mod by_count;
 mod cache;
 mod divide;
 mod encode;
@@ -83,6 +84,9 @@ pub struct Options {
     /// Compare everything that translated code does with the interpreter. The processor must be in
     /// lockstep, too ([`Cpu::set_lockstep`]).
     pub lockstep: bool,
+    /// Translated code is entered with a number of instructions after which it is left
+    /// ([`anykvm_cpu::translator::Translator::run_by_count`]), and in no other way.
+    pub by_count: bool,
 }
 
 impl Default for Options {
@@ -92,6 +96,7 @@ impl Default for Options {
             threshold: 16,
             count: false,
             lockstep: false,
+            by_count: false,
         }
     }
 }
@@ -236,7 +241,8 @@ impl Jit {
         let manner = Manner {
             first_exit: self.table.next_exit(),
             count: self.options.count || self.options.lockstep,
-            lockstep: self.options.lockstep,
+            same_each_time: self.options.lockstep || self.options.by_count,
+            by_count: self.options.by_count,
             executions: counter.map(|c| c.1),
             apart: place.1 & APART != 0,
             supervisor: mode.cpl0(),

@@ -5,6 +5,7 @@
 
 use std::sync::atomic::AtomicU32;
 
+use anykvm_cpu::block::BlockId;
 use anykvm_cpu::memory::fault;
 use anykvm_cpu::state::seg;
 use anykvm_cpu::translator::{Code, Translator, TranslatorStats};
@@ -21,6 +22,14 @@ use crate::translate;
 use crate::vectors::Level;
 use crate::x87;
 
+/// A translation that there is not yet, or not any more.
+pub(crate) struct Sought {
+    code: Option<Code>,
+    manner: u32,
+    /// The exit that leads there.
+    pending: Option<u32>,
+}
+
 impl Translator for Jit {
     fn stats(&self) -> TranslatorStats {
         TranslatorStats {
@@ -34,11 +43,23 @@ impl Translator for Jit {
         }
     }
 
-    fn run(&mut self, cpu: &mut Cpu) -> Result<(), Exit> {
-        if self.account.is_over() {
-            self.flush();
-            self.cache.shrink();
+    fn run_by_count(&mut self, cpu: &mut Cpu, most: u64) -> Option<u64> {
+        if !self.options.by_count {
+            return None;
         }
+        self.keep_to_account();
+        cpu.shared_requests().rearm();
+        self.run_bounded(cpu, most)
+    }
+
+    fn run(&mut self, cpu: &mut Cpu) -> Result<(), Exit> {
+        if self.options.by_count {
+            return match cpu.block_here()? {
+                Some(id) => cpu.interpret_block(id),
+                None => Ok(()),
+            };
+        }
+        self.keep_to_account();
         cpu.shared_requests().rearm();
         loop {
             if let Some(profile) = &mut self.profile
@@ -64,6 +85,13 @@ impl Translator for Jit {
 }
 
 impl Jit {
+    fn keep_to_account(&mut self) {
+        if self.account.is_over() {
+            self.flush();
+            self.cache.shrink();
+        }
+    }
+
     /// Leaves the run loop in lockstep if it is another processor's turn.
     fn end_turn(&mut self, cpu: &Cpu) -> Result<(), Exit> {
         let over = self.lockstep.as_mut().is_some_and(|l| l.turn_is_over());
@@ -76,6 +104,22 @@ impl Jit {
     /// The entry point of the translation for RIP, which is entered into the current view. If there is
     /// none, a block is interpreted, or an instruction that is in none, or a fault made pending.
     pub(crate) fn find(&mut self, cpu: &mut Cpu) -> Result<Option<u64>, Exit> {
+        let sought = match self.find_made(cpu) {
+            Ok(entry) => return Ok(entry),
+            Err(sought) => sought,
+        };
+        let Some(id) = cpu.block_here()? else {
+            return Ok(None);
+        };
+        if let Some(entry) = self.make_found(cpu, id, sought) {
+            return Ok(Some(entry));
+        }
+        cpu.interpret_block(id)?;
+        Ok(None)
+    }
+
+    /// As far as a look at the table goes.
+    pub(crate) fn find_made(&mut self, cpu: &mut Cpu) -> Result<Option<u64>, Sought> {
         let pending = self.pending.take();
         let mut manner = 0;
         let code = if legacy::translates(cpu.mode()) {
@@ -97,16 +141,18 @@ impl Jit {
                 return Ok(self.found(cpu, code, n, pending));
             }
         }
-        let Some(id) = cpu.block_here()? else {
-            return Ok(None);
-        };
-        if let Some(code) = code
-            && let Some(n) = self.translation(cpu, id, manner)
-        {
-            return Ok(self.found(cpu, code, n, pending));
-        }
-        cpu.interpret_block(id)?;
-        Ok(None)
+        Err(Sought {
+            code,
+            manner,
+            pending,
+        })
+    }
+
+    /// And with the block at RIP known: it is translated if it is hot.
+    pub(crate) fn make_found(&mut self, cpu: &mut Cpu, id: BlockId, sought: Sought) -> Option<u64> {
+        let code = sought.code?;
+        let n = self.translation(cpu, id, sought.manner)?;
+        self.found(cpu, code, n, sought.pending)
     }
 
     fn found(&mut self, cpu: &Cpu, code: Code, n: u32, pending: Option<u32>) -> Option<u64> {

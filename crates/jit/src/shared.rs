@@ -48,7 +48,7 @@ pub struct Shared {
     pub go: *const AtomicU32,
     /// The current view's table ([`crate::views`]).
     pub jumps: *const Jump,
-    /// Instructions executed by translated code.
+    /// Instructions executed by translated code; with a bound, how many it may still execute.
     pub instructions: u64,
     /// Not zero while the XMM, YMM and AVX-512 registers are in the host's.
     pub live: [u64; 3],

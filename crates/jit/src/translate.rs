@@ -11,6 +11,7 @@ use iced_x86::{Code, FlowControl, IcedError, InstructionInfoFactory, Register};
 use crate::access::{Probe, Refill};
 use crate::asm::{Asm, Constant, Hole, at, slot};
 use crate::branch::{self, Crossing};
+use crate::by_count;
 use crate::exits::{Exit, Exits, Wish};
 use crate::extent;
 use crate::flags::{Flags, Recipe};
@@ -106,6 +107,8 @@ pub(crate) struct Block {
     pub fault_exit: Option<usize>,
     /// Instructions that have been counted before they are executed, from the first on.
     pub counted: usize,
+    /// See [`Manner::by_count`].
+    pub by_count: bool,
 }
 
 /// How a block is to be translated.
@@ -116,7 +119,9 @@ pub struct Manner {
     /// The code counts the instructions it executes.
     pub count: bool,
     /// What differs each time it is executed is left to the interpreter.
-    pub lockstep: bool,
+    pub same_each_time: bool,
+    /// The code looks in front of each instruction whether it may execute one more ([`crate::by_count`]).
+    pub by_count: bool,
     /// It counts how often it is entered: the address of a 64-bit counter.
     pub executions: Option<u64>,
     /// Each access is checked by itself.
@@ -193,6 +198,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         recipes: Vec::new(),
         fault_exit: None,
         counted: 0,
+        by_count: manner.by_count,
     };
     let level = extent::level(insns);
     // JRCXZ reaches only a short way; so these are in front of it.
@@ -236,8 +242,14 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         }
         let next = at + i64::from(insn.len);
         let site = Site { k, at, next };
+        if manner.by_count {
+            b.spend_one(site)?;
+            b.counted = k + 1;
+        }
         let later = insns.get(k + 1..).unwrap_or_default();
-        let done = if manner.lockstep && lockstep::varies(&insn.raw) {
+        let left = manner.same_each_time && lockstep::varies(&insn.raw)
+            || manner.by_count && by_count::is_several(insn);
+        let done = if left {
             Done::Unsupported
         } else {
             b.emit(insn, site, later)?

@@ -116,7 +116,8 @@ fn text(build: Build) -> String {
     let manner = Manner {
         first_exit: 0,
         count: false,
-        lockstep: false,
+        same_each_time: false,
+        by_count: false,
         executions: None,
         apart: false,
         supervisor: mode.cpl0(),

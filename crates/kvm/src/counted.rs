@@ -57,9 +57,12 @@ impl VcpuMachine {
         let vm = self.vm();
         let now = vm.time.count(done)?;
         vm.events.expire();
+        let until = self.limit().until_ns.load(Ordering::Relaxed);
+        let next = vm.events.programmed().min(until);
         Some(CountedTime {
             host_tsc: now,
-            stop: now >= self.limit().until_ns.load(Ordering::Relaxed),
+            stop: now >= until,
+            most: vm.time.instructions_until(next).max(1),
         })
     }
 }

@@ -199,6 +199,11 @@ impl EventThread {
         }
     }
 
+    /// Where time is counted: no timer is due before this.
+    pub(crate) fn programmed(&self) -> u64 {
+        self.shared.programmed.load(Ordering::SeqCst)
+    }
+
     /// When the next timer is due.
     pub(crate) fn next_deadline(&self) -> Option<u64> {
         Some(earliest(&self.shared.deadlines())).filter(|at| *at != NEVER)

@@ -105,6 +105,18 @@ impl Time {
         Some(before.wrapping_add(passed))
     }
 
+    /// Where time is counted: after how many instructions it is not before then any more.
+    pub fn instructions_until(&self, ns: u64) -> u64 {
+        let Some(counted) = &self.counted else {
+            return 0;
+        };
+        let left = ns.saturating_sub(counted.now.load(Ordering::SeqCst));
+        match counted.per_instruction {
+            0 => u64::MAX,
+            per => left.div_ceil(per),
+        }
+    }
+
     /// Lets time pass until then.
     pub fn skip_to(&self, ns: u64) {
         if let Some(counted) = &self.counted {

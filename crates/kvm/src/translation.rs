@@ -132,10 +132,16 @@ impl Translation {
     }
 
     /// A translator for vCPU `id`. Where the host does not allow one, that is said once on stderr,
-    /// and guest code is interpreted.
-    pub(crate) fn translator(&self, id: u32, budget: &Arc<Budget>) -> Option<Box<dyn Translator>> {
+    /// and guest code is interpreted. `by_count`: it can stop at any instruction; there is no lockstep then.
+    pub(crate) fn translator(
+        &self,
+        id: u32,
+        budget: &Arc<Budget>,
+        by_count: bool,
+    ) -> Option<Box<dyn Translator>> {
         let mut options = Options {
             cache: self.cache,
+            by_count,
             ..Options::default()
         };
         match self.mode {
@@ -143,7 +149,7 @@ impl Translation {
             TranslationMode::On => {}
             TranslationMode::Always => options.threshold = 1,
             TranslationMode::Count => options.count = true,
-            TranslationMode::Lockstep => (options.threshold, options.lockstep) = (1, true),
+            TranslationMode::Lockstep => (options.threshold, options.lockstep) = (1, !by_count),
         }
         let mut jit = Jit::with_budget(options, budget)
             .inspect_err(|e| say_once(&format!("guest code is interpreted, not translated: {e}")))

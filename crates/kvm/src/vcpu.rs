@@ -154,7 +154,8 @@ impl Vcpu {
         machine.start_tsc(&mut cpu.state);
         // KVM makes a vCPU with its x87 unit as after FNINIT, not as after RESET (`fpstate_init_user`).
         cpu.state.xsave.set_u16(0, FNINIT_FCW);
-        vm.lock_translation().equip(&mut cpu, id);
+        vm.lock_translation()
+            .equip(&mut cpu, id, vm.time.is_counted());
         if in_kernel_apic && !boot {
             cpu.state.events.mp_state = anykvm_cpu::events::MpState::Uninitialized;
         }

@@ -88,10 +88,10 @@ pub(crate) struct VmTranslation {
 }
 
 impl VmTranslation {
-    /// Gives vCPU `id`'s processor its translator.
-    pub fn equip(&self, cpu: &mut Cpu, id: u32) {
-        let translator = self.how.translator(id, &self.budget);
-        if translator.is_some() && self.how.mode == TranslationMode::Lockstep {
+    /// Gives vCPU `id`'s processor its translator. `counted`: time is.
+    pub fn equip(&self, cpu: &mut Cpu, id: u32, counted: bool) {
+        let translator = self.how.translator(id, &self.budget, counted);
+        if translator.is_some() && self.how.mode == TranslationMode::Lockstep && !counted {
             cpu.set_lockstep(self.turns.clone());
         }
         cpu.set_translator(translator);

@@ -2,7 +2,7 @@
 
 use crate::{programs, run};
 use anyhow::{Result, bail};
-use anykvm::Kvm;
+use anykvm::{Kvm, TranslationMode};
 use anykvm_differential::random::Random;
 use std::time::Instant;
 
@@ -29,8 +29,8 @@ pub struct Summary {
     pub failures: Vec<String>,
 }
 
-/// Makes programs of all families in turn until there were enough moves. Every fourth program of a family is
-/// moved after each turn, the others now and then.
+/// Makes programs of all families in turn until there were enough moves. Every second program of a family
+/// is translated. Two of four are moved after each turn or instruction, the others now and then.
 pub fn run(campaign: &Campaign) -> Result<Summary> {
     let kvm = Kvm::new()?;
     let wanted = |name: &str| campaign.filter.as_ref().is_none_or(|f| name.contains(f));
@@ -48,13 +48,18 @@ pub fn run(campaign: &Campaign) -> Result<Summary> {
             let seed = campaign.seed.wrapping_mul(1_000_000).wrapping_add(round);
             let program = (family.make)(&kvm, &mut Random::new(seed, 0))?;
             let mut random = Random::new(seed, 1);
-            let most = if round % 4 == 0 {
+            let most = if round % 4 < 2 {
                 1
             } else {
                 1 << random.below(8)
             };
             done.programs += 1;
-            match run::check(&kvm, &program, || 1 + random.below(most)) {
+            let engine = if round % 2 == 1 {
+                TranslationMode::Always
+            } else {
+                TranslationMode::Off
+            };
+            match run::check(&kvm, &program, engine, || 1 + random.below(most)) {
                 Ok(moves) => done.points += moves,
                 Err(error) => done
                     .failures

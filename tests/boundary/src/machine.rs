@@ -51,6 +51,8 @@ pub struct Setup {
 pub struct Machine {
     /// How it was made.
     pub setup: Setup,
+    /// How its guest's code is executed.
+    pub engine: TranslationMode,
     /// Its vCPUs.
     pub vcpus: Vec<VcpuFd>,
     /// Signals [`IRQFD_GSI`].
@@ -63,14 +65,13 @@ pub struct Machine {
 
 impl Machine {
     /// A new VM whose clock shows this, without code and with its vCPUs in their reset state.
-    pub fn new(kvm: &Kvm, setup: &Setup, now_ns: u64) -> Result<Self> {
+    pub fn new(kvm: &Kvm, setup: &Setup, engine: TranslationMode, now_ns: u64) -> Result<Self> {
         let vm = kvm.create_vm_with_counted_time(CountedTime {
             start_ns: now_ns,
             ns_per_instruction: NS_PER_INSTRUCTION,
         })?;
         vm.set_translation(Translation {
-            // Runs by count are interpreted.
-            mode: TranslationMode::Off,
+            mode: engine,
             cache: Translation::MIN_CACHE,
             report: None,
         })?;
@@ -116,6 +117,7 @@ impl Machine {
             .collect::<anykvm::Result<_>>()?;
         Ok(Self {
             setup: setup.clone(),
+            engine,
             vcpus,
             irqfd,
             vm,

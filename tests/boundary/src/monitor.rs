@@ -5,7 +5,7 @@ use crate::machine::{Chip, IRQFD_GSI, Machine, NS_PER_INSTRUCTION, Setup};
 use crate::state::Saved;
 use anyhow::{Context, Result, bail};
 use anykvm::bindings::{KVM_MP_STATE_RUNNABLE, kvm_msi};
-use anykvm::{Errno, Kvm, VcpuExit};
+use anykvm::{Errno, Kvm, TranslationMode, VcpuExit};
 use std::collections::BTreeSet;
 use std::fmt;
 
@@ -131,6 +131,20 @@ fn fill(answers: &mut u64, address: u64, data: &mut [u8]) {
     }
 }
 
+/// How far a vCPU runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// So many turns.
+    Turns(u64),
+    /// Until so many instructions are completed and events delivered.
+    Instructions(u64),
+}
+
+impl Part {
+    /// To the next exit.
+    pub const ALL: Self = Self::Turns(u64::MAX);
+}
+
 /// Why [`Session::advance`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -167,8 +181,8 @@ const START_NS: u64 = 1_000_000_000;
 
 impl<'a> Session<'a> {
     /// At the program's beginning.
-    pub fn new(kvm: &'a Kvm, program: &'a Program) -> Result<Self> {
-        let machine = Machine::new(kvm, &program.setup, START_NS)?;
+    pub fn new(kvm: &'a Kvm, program: &'a Program, engine: TranslationMode) -> Result<Self> {
+        let machine = Machine::new(kvm, &program.setup, engine, START_NS)?;
         for (at, bytes) in &program.image {
             machine.ram.write(*at as usize, bytes);
         }
@@ -198,8 +212,8 @@ impl<'a> Session<'a> {
         Some(START_NS + at)
     }
 
-    /// Lets one vCPU run, for at most so many turns.
-    pub fn advance(&mut self, turns: u64) -> Result<Stop> {
+    /// Lets one vCPU run, for at most so much.
+    pub fn advance(&mut self, most: Part) -> Result<Stop> {
         if self.ended {
             return Ok(Stop::End);
         }
@@ -217,6 +231,13 @@ impl<'a> Session<'a> {
             .next_injection()
             .map_or(self.slice_end, |at| at.min(self.slice_end))
             .min(end);
+        let (turns, until) = match most {
+            Part::Turns(n) => (n, until),
+            Part::Instructions(n) => {
+                let ns = n.saturating_mul(NS_PER_INSTRUCTION);
+                (u64::MAX, until.min(now.saturating_add(ns)))
+            }
+        };
         match self.run_current(turns, until) {
             Ok(exit) => {
                 self.waiting = 0;
@@ -403,7 +424,8 @@ impl<'a> Session<'a> {
 
     /// Goes on in a new VM with this state.
     pub fn move_to_new(&mut self, saved: &Saved) -> Result<()> {
-        let new = Machine::new(self.kvm, &self.program.setup, self.now())?;
+        let engine = self.machine.engine;
+        let new = Machine::new(self.kvm, &self.program.setup, engine, self.now())?;
         saved.write(&new)?;
         self.machine = new;
         if self.machine.setup.chip == Chip::None {

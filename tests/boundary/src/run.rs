@@ -1,9 +1,9 @@
 //! One program, moved from VM to VM, beside the same program that stays where it is.
 
-use crate::monitor::{Program, Record, Session, Stop};
+use crate::monitor::{Part, Program, Record, Session, Stop};
 use crate::state::Saved;
 use anyhow::{Context, Result, bail};
-use anykvm::Kvm;
+use anykvm::{Kvm, TranslationMode};
 
 /// How a program ends that nobody disturbs.
 struct Outcome {
@@ -14,10 +14,16 @@ struct Outcome {
 /// What is done between two parts of a run.
 type Pause = fn(&mut Session) -> Result<()>;
 
-/// Runs to the end, cut behind so many turns, and between them `pause`.
-fn run(kvm: &Kvm, program: &Program, turns: u64, pause: Pause) -> Result<Outcome> {
-    let mut session = Session::new(kvm, program)?;
-    while session.advance(turns)? != Stop::End {
+/// Runs to the end, cut behind such parts, and between them `pause`.
+fn run(
+    kvm: &Kvm,
+    program: &Program,
+    engine: TranslationMode,
+    part: Part,
+    pause: Pause,
+) -> Result<Outcome> {
+    let mut session = Session::new(kvm, program, engine)?;
+    while session.advance(part)? != Stop::End {
         pause(&mut session)?;
     }
     let end = session.save()?;
@@ -42,32 +48,53 @@ fn same_state(a: &Saved, b: &Saved) -> Result<()> {
     }
 }
 
-/// Runs a program to its end and moves it to a new VM after as many turns as `gap` says each time.
-/// Returns how often it was moved. An error is the first difference.
-pub fn check(kvm: &Kvm, program: &Program, mut gap: impl FnMut() -> u64) -> Result<u64> {
-    let outcome = run(kvm, program, u64::MAX, |_| Ok(()))?;
-    let ways: [(_, Pause); 3] = [
-        ("cut", |_| Ok(())),
-        ("completed", |s| s.complete()),
-        ("read", |s| {
+fn same_outcome(a: &Outcome, b: &Outcome, way: &str) -> Result<()> {
+    same_log(&a.log, &b.log).with_context(|| format!("exits undisturbed, and {way}"))?;
+    same_state(&a.end, &b.end).with_context(|| format!("at the end undisturbed, and {way}"))
+}
+
+/// Runs a program to its end, interpreted and translated, in one piece and cut in ways that must not be noticed.
+fn check_cuts(kvm: &Kvm, program: &Program) -> Result<Outcome> {
+    use TranslationMode::{Always, Off};
+    let one = Part::Turns(1);
+    let outcome = run(kvm, program, Off, Part::ALL, |_| Ok(()))?;
+    let ways: [(_, _, _, Pause); 5] = [
+        ("translated", Always, Part::ALL, |_| Ok(())),
+        ("cut", Off, one, |_| Ok(())),
+        ("completed", Off, one, |s| s.complete()),
+        ("read", Off, one, |s| {
             s.complete()?;
             s.save().map(|_| ())
         }),
+        ("translated and cut", Always, one, |_| Ok(())),
     ];
-    for (way, pause) in ways {
-        let cut = run(kvm, program, 1, pause)?;
-        same_log(&outcome.log, &cut.log)
-            .with_context(|| format!("exits undisturbed, and {way}"))?;
-        same_state(&outcome.end, &cut.end)
-            .with_context(|| format!("at the end undisturbed, and {way}"))?;
+    for (way, engine, part, pause) in ways {
+        let other = run(kvm, program, engine, part, pause)?;
+        same_outcome(&outcome, &other, way)?;
     }
-    let mut still = Session::new(kvm, program)?;
-    let mut moving = Session::new(kvm, program)?;
+    Ok(outcome)
+}
+
+/// Runs a program to its end and moves it to a new VM after parts of as many instructions as `gap` says each
+/// time. What moves is interpreted, and the parts are turns; or translated, and compared with the interpreter.
+/// Returns how often it was moved. An error is the first difference.
+pub fn check(
+    kvm: &Kvm,
+    program: &Program,
+    engine: TranslationMode,
+    mut gap: impl FnMut() -> u64,
+) -> Result<u64> {
+    let outcome = check_cuts(kvm, program)?;
+    let mut still = Session::new(kvm, program, TranslationMode::Off)?;
+    let mut moving = Session::new(kvm, program, engine)?;
     let mut moves = 0;
     loop {
-        let turns = gap();
-        let at = |what: &str| format!("{what}, move {moves} ({turns} turns)");
-        let stops = (still.advance(turns)?, moving.advance(turns)?);
+        let part = match engine {
+            TranslationMode::Off => Part::Turns(gap()),
+            _ => Part::Instructions(gap()),
+        };
+        let at = |what: &str| format!("{engine:?}, {what}, move {moves} ({part:?})");
+        let stops = (still.advance(part)?, moving.advance(part)?);
         same_log(&still.log, &moving.log).with_context(|| at("exits after moving"))?;
         if stops.0 == Stop::End {
             break;

@@ -296,15 +296,18 @@ fn repeated<O: Operation, T: Alu, const REP: u8>(cpu: &mut Cpu, insn: &Insn) -> 
         if left == 0 {
             return Ok(());
         }
-        // While single-stepping each element is an instruction; and where time is counted, how many
-        // elements are done at once must not depend on what the TLB holds.
-        let fast = if cpu.stepping || cpu.counted.running {
+        // While single-stepping each element is an instruction.
+        let most = cpu.most_elements();
+        let fast = if cpu.stepping || most <= 1 {
             None
         } else {
-            O::chunk::<T>(cpu, insn, left, until)
+            O::chunk::<T>(cpu, insn, left.min(most), until)
         };
         let done = match fast {
-            Some(n) => n,
+            Some(n) => {
+                cpu.note_elements(n);
+                n
+            }
             None => {
                 O::one::<T>(cpu, insn)?;
                 1
@@ -315,7 +318,7 @@ fn repeated<O: Operation, T: Alu, const REP: u8>(cpu: &mut Cpu, insn: &Insn) -> 
         if left == done || met {
             return Ok(());
         }
-        if fast.is_none() || cpu.requests.pending() != 0 {
+        if fast.is_none() || cpu.requests.pending() != 0 || cpu.counted.running {
             cpu.repeat(insn);
             return Ok(());
         }

@@ -26,6 +26,7 @@ pub const ALWAYS: Options = Options {
     threshold: 1,
     count: false,
     lockstep: false,
+    by_count: false,
 };
 
 /// A computer with a program, some data, and registers that differ.
