@@ -46,6 +46,11 @@ constants! {
 }
 
 constants! {
+    KVM_VCPU_PREEMPTED: u8 = 1 << 0;
+    KVM_VCPU_FLUSH_TLB: u8 = 1 << 1;
+}
+
+constants! {
     KVM_HC_VAPIC_POLL_IRQ: u32 = 1;
     KVM_HC_KICK_CPU: u32 = 5;
     KVM_HC_CLOCK_PAIRING: u32 = 9;

@@ -60,28 +60,28 @@ pub fn host() -> HostTsc {
     })
 }
 
-/// TSC and raw clock at one instant, as nearly as can be told: the pair that took least time.
-fn simultaneous() -> (u64, u64) {
+/// A clock and the TSC at one instant, as nearly as can be told: the pair that took least time.
+pub(crate) fn simultaneous(clock: fn() -> u64) -> (u64, u64) {
     (0..16)
         .map(|_| {
             let before = host_tsc();
-            let ns = raw_ns();
+            let ns = clock();
             let after = host_tsc();
             (
                 after.wrapping_sub(before),
-                before.wrapping_add(after.wrapping_sub(before) / 2),
                 ns,
+                before.wrapping_add(after.wrapping_sub(before) / 2),
             )
         })
         .min_by_key(|(width, ..)| *width)
-        .map(|(_, tsc, ns)| (tsc, ns))
+        .map(|(_, ns, tsc)| (ns, tsc))
         .unwrap_or_default()
 }
 
 fn measure_khz() -> u32 {
-    let (tsc0, ns0) = simultaneous();
+    let (ns0, tsc0) = simultaneous(raw_ns);
     std::thread::sleep(std::time::Duration::from_millis(20));
-    let (tsc1, ns1) = simultaneous();
+    let (ns1, tsc1) = simultaneous(raw_ns);
     let (cycles, ns) = (tsc1.wrapping_sub(tsc0), ns1.wrapping_sub(ns0).max(1));
     ((u128::from(cycles) * 1_000_000 + u128::from(ns) / 2) / u128::from(ns)) as u32
 }
@@ -153,7 +153,7 @@ impl Clock {
         if self.host.stable {
             return base;
         }
-        let (tsc, raw) = simultaneous();
+        let (raw, tsc) = simultaneous(raw_ns);
         ClockPair {
             tsc,
             ns: raw.wrapping_add(base.ns),

@@ -49,6 +49,7 @@ impl Vcpu {
     pub(crate) fn block(&self, core: &mut Core) -> Result<()> {
         let time = self.vm().time.clone();
         let began = time.ns();
+        core.halt_poll_ns = core.halt_poll_ns.min(self.longest_poll());
         let mut slept = false;
         loop {
             if self.kick().requests().take(KICK) != 0 {
@@ -72,6 +73,7 @@ impl Vcpu {
             }
             if !slept {
                 self.machine().pause_stolen_time();
+                self.mark_preempted();
             }
             slept = true;
             crate::vcpu_stats::publish(self.stats(), &core.cpu);
@@ -89,14 +91,23 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Nanoseconds that monitor and guest let it poll (KVM_CAP_HALT_POLL, MSR_KVM_POLL_CONTROL).
+    fn longest_poll(&self) -> u64 {
+        if self.machine().paravirt().may_poll() {
+            POLL_MAX_NS.min(self.vm().enabled().halt_poll_ns().into())
+        } else {
+            0
+        }
+    }
+
     fn adapt_poll(&self, core: &mut Core, halted_ns: u64, slept: bool) {
         if !slept {
             if core.halt_poll_ns > 0 {
                 self.count(VcpuStat::HaltSuccessfulPoll);
             }
         } else if halted_ns < SHORT_HALT_NS {
-            let most = POLL_MAX_NS.min(self.vm().enabled().halt_poll_ns().into());
-            core.halt_poll_ns = (core.halt_poll_ns * 2).max(POLL_START_NS).min(most);
+            let longer = (core.halt_poll_ns * 2).max(POLL_START_NS);
+            core.halt_poll_ns = longer.min(self.longest_poll());
         } else {
             core.halt_poll_ns = 0;
         }
@@ -176,5 +187,6 @@ impl Vcpu {
         if let Some(lapic) = self.machine().lapic() {
             lapic.reset(true);
         }
+        self.machine().reset_paravirt();
     }
 }

@@ -84,6 +84,7 @@ mod events;
 mod guest_debug;
 mod guest_memfd;
 mod halt;
+mod hypercall;
 mod io_bus;
 mod ioctl_table;
 mod ioeventfd;

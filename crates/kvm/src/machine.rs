@@ -175,7 +175,7 @@ impl VcpuMachine {
     }
     /// Stolen time, if the guest wants to know and it is measured.
     pub fn run_delay(&self) -> Option<&RunDelay> {
-        if !self.uses_steal_time.load(Ordering::Relaxed) {
+        if !self.uses_steal_time() {
             return None;
         }
         self.run_delay.get().map(|delay| &**delay)
@@ -183,7 +183,14 @@ impl VcpuMachine {
     /// The guest has, or no longer has, a page for stolen time.
     pub fn set_uses_steal_time(&self, on: bool) {
         self.uses_steal_time.store(on, Ordering::Relaxed);
-        self.requests.kick.requests().set(OWNER);
+        if on {
+            self.requests.request_steal_update();
+            self.requests.kick.requests().set(OWNER);
+        }
+    }
+    /// Whether it has one.
+    pub fn uses_steal_time(&self) -> bool {
+        self.uses_steal_time.load(Ordering::Relaxed)
     }
 
     /// The guest has, or no longer has, a kvmclock page.

@@ -83,6 +83,13 @@ pub(crate) fn index_list() -> Vec<u32> {
     list
 }
 
+/// Whether user space may read an MSR as 0, and write 0, that this vCPU has not: it is in the list
+/// (`kvm_do_msr_access`).
+fn is_carried(index: u32, access: Access) -> bool {
+    let own = |own: &Own| own.saved && (own.first..=own.last).contains(&index);
+    access == Access::Host && OWN.iter().any(own)
+}
+
 /// Reads an MSR.
 pub(crate) fn read(m: &VcpuMachine, s: &CpuState, index: u32, access: Access) -> MsrAccess<u64> {
     if let Some(value) = anykvm_cpu::msr::read(s, m.cpuid().table(), index, access) {
@@ -96,7 +103,10 @@ pub(crate) fn read(m: &VcpuMachine, s: &CpuState, index: u32, access: Access) ->
             lapic.msr_read(index).map_err(|_| MsrError::Invalid)
         }
         _ if mce::is_mce(index) => m.mce().read(index, access),
-        _ => m.paravirt_read(index, access),
+        _ => match m.paravirt_read(index) {
+            Err(MsrError::Unknown) if is_carried(index, access) => Ok(0),
+            result => result,
+        },
     }
 }
 
@@ -125,7 +135,10 @@ pub(crate) fn write(
             return lapic.msr_write(index, value).map_err(|_| MsrError::Invalid);
         }
         _ if mce::is_mce(index) => m.mce().write(index, value, access)?,
-        _ => m.paravirt_write(index, value, access)?,
+        _ => match m.paravirt_write(index, value) {
+            Err(MsrError::Unknown) if value == 0 && is_carried(index, access) => {}
+            result => return result,
+        },
     }
     Ok(())
 }

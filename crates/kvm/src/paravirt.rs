@@ -1,21 +1,21 @@
 //! KVM's paravirtual interface of one vCPU (`Documentation/virt/kvm/x86/msr.rst`, `hypercalls.rst`,
-//! `cpuid.rst`): kvmclock by both MSR pairs, wall clock, steal time, PV EOI, asynchronous page faults
-//! (which never fire: guest RAM is always there when it is touched), poll control, and the
-//! `KVM_HC_*` hypercalls.
+//! `cpuid.rst`): kvmclock by both MSR pairs, wall clock, steal time, PV EOI (whose flag is never set: an
+//! end of interrupt does not leave the processor's loop), asynchronous page faults (which never fire:
+//! guest RAM is always there when it is touched) and poll control. The hypercalls are in [`crate::hypercall`].
+
+use std::sync::atomic::Ordering;
 
 use anykvm_abi::{
-    KVM_FEATURE_PV_SCHED_YIELD, KVM_FEATURE_PV_SEND_IPI, KVM_FEATURE_PV_UNHALT,
-    KVM_HC_MAP_GPA_RANGE, MSR_KVM_ASYNC_PF_ACK, MSR_KVM_ASYNC_PF_EN, MSR_KVM_ASYNC_PF_INT,
-    MSR_KVM_POLL_CONTROL, MSR_KVM_PV_EOI_EN, MSR_KVM_STEAL_TIME, MSR_KVM_SYSTEM_TIME,
-    MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_WALL_CLOCK, MSR_KVM_WALL_CLOCK_NEW,
+    KVM_FEATURE_ASYNC_PF_INT, KVM_FEATURE_ASYNC_PF_VMEXIT, MSR_KVM_ASYNC_PF_ACK,
+    MSR_KVM_ASYNC_PF_EN, MSR_KVM_ASYNC_PF_INT, MSR_KVM_POLL_CONTROL, MSR_KVM_PV_EOI_EN,
+    MSR_KVM_STEAL_TIME, MSR_KVM_SYSTEM_TIME, MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_WALL_CLOCK,
+    MSR_KVM_WALL_CLOCK_NEW,
 };
-use anykvm_cpu::machine::Hypercall;
-use anykvm_cpu::memory::{GuestMemory, PAGE};
-use anykvm_cpu::{CpuState, Exit};
+use anykvm_cpu::memory::GuestMemory;
 
 use crate::clock::{Clock, ClockPair};
 use crate::machine::VcpuMachine;
-use crate::msr::{Access, MsrAccess, MsrError};
+use crate::msr::{MsrAccess, MsrError};
 use crate::paravirt_table::MSRS;
 use crate::vcpu_requests::{GuestTsc, tsc_at};
 
@@ -25,13 +25,10 @@ const ENABLED: u64 = 1;
 /// The registers of the paravirtual interface.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Paravirt {
-    wall_clock: u64,
     system_time: u64,
     async_pf_en: u64,
     async_pf_int: u64,
     steal_time: u64,
-    /// Its page has not been written to.
-    steal_time_is_new: bool,
     /// The thread's run delay that the guest has been told of.
     pub(crate) stolen_before: Option<u64>,
     pv_eoi: u64,
@@ -45,12 +42,10 @@ pub(crate) struct Paravirt {
 impl Default for Paravirt {
     fn default() -> Self {
         Self {
-            wall_clock: 0,
             system_time: 0,
             async_pf_en: 0,
             async_pf_int: 0,
             steal_time: 0,
-            steal_time_is_new: false,
             stolen_before: None,
             pv_eoi: 0,
             poll_control: 1,
@@ -64,6 +59,8 @@ impl Default for Paravirt {
 const TSC_STABLE: u8 = 1;
 /// `PVCLOCK_GUEST_STOPPED`.
 const GUEST_STOPPED: u8 = 2;
+/// `pvclock_vcpu_time_info.flags` is here.
+const FLAGS: usize = 29;
 
 /// A frequency as a multiplier and shift that turn its cycles into nanoseconds
 /// (`kvm_get_time_scale`): ns = (cycles << shift) × mul >> 32.
@@ -99,14 +96,13 @@ fn time_info(version: u32, pair: ClockPair, tsc: GuestTsc, host_khz: u32, flags:
     info[16..24].copy_from_slice(&pair.ns.to_le_bytes());
     info[24..28].copy_from_slice(&mul.to_le_bytes());
     info[28] = shift as u8;
-    info[29] = flags;
+    info[FLAGS] = flags;
     info
 }
 
 impl Paravirt {
     fn register(&mut self, index: u32) -> Option<&mut u64> {
         Some(match index {
-            MSR_KVM_WALL_CLOCK | MSR_KVM_WALL_CLOCK_NEW => &mut self.wall_clock,
             MSR_KVM_SYSTEM_TIME | MSR_KVM_SYSTEM_TIME_NEW => &mut self.system_time,
             MSR_KVM_ASYNC_PF_EN => &mut self.async_pf_en,
             MSR_KVM_ASYNC_PF_INT => &mut self.async_pf_int,
@@ -121,9 +117,19 @@ impl Paravirt {
     pub fn steal_time_address(&self) -> Option<u64> {
         (self.steal_time & ENABLED != 0).then_some(self.steal_time & !ENABLED)
     }
-    /// Whether it has been registered since the last call.
-    pub fn take_steal_time_is_new(&mut self) -> bool {
-        std::mem::take(&mut self.steal_time_is_new)
+
+    /// Whether the guest lets the host poll in its HLT.
+    pub fn may_poll(&self) -> bool {
+        self.poll_control & ENABLED != 0
+    }
+
+    /// RESET and INIT (`kvm_vcpu_reset`): what leads to the guest's memory is off. Poll control stays.
+    fn reset(&mut self) {
+        *self = Self {
+            poll_control: self.poll_control,
+            stolen_before: self.stolen_before,
+            ..Self::default()
+        };
     }
 
     /// Whether the guest's clock page must be written anew.
@@ -147,9 +153,12 @@ impl Paravirt {
         let at = self.system_time & !ENABLED;
         // The version is odd while the rest is written, so that the guest reads again. It goes on from what
         // the guest has: one that was stopped while it read, and perhaps moved, must not find the same.
-        let mut version = [0; 4];
-        let read = memory.read(at, &mut version);
-        let odd = u32::from_le_bytes(version).wrapping_add(1) | 1;
+        let mut old = [0; 32];
+        let read = memory.read(at, &mut old);
+        // The guest clears the flag when it has seen it.
+        flags |= old[FLAGS] & GUEST_STOPPED;
+        let version = u32::from_le_bytes([old[0], old[1], old[2], old[3]]);
+        let odd = version.wrapping_add(1) | 1;
         let info = time_info(odd.wrapping_add(1), pair, tsc, clock.host().khz, flags);
         let written = read
             .and_then(|()| memory.write(at, &odd.to_le_bytes()))
@@ -177,71 +186,61 @@ impl Paravirt {
     }
 }
 
-/// What a WRMSR must have in order to be taken: reserved bits clear, and the structure aligned.
-fn valid(index: u32, value: u64) -> bool {
+/// `KVM_ASYNC_PF_*`: reserved bits, the two that must both be set for it to be on, and events as page-fault
+/// exits of a nested guest.
+const ASYNC_PF_RESERVED: u64 = 0x30;
+const ASYNC_PF_VMEXIT: u64 = 1 << 2;
+const ASYNC_PF_INT: u64 = 1 << 3;
+
+/// Whether reserved bits are clear and the structure is aligned.
+fn well_formed(index: u32, value: u64) -> bool {
     let aligned = |align: u64| value & (align - 1) & !ENABLED == 0;
     match index {
         MSR_KVM_STEAL_TIME => aligned(64),
         MSR_KVM_PV_EOI_EN => aligned(4),
-        // Bits 4 and 5 are reserved, 1-3 are modes.
-        MSR_KVM_ASYNC_PF_EN => value & 0x30 == 0,
+        MSR_KVM_ASYNC_PF_EN => value & ASYNC_PF_RESERVED == 0,
         MSR_KVM_ASYNC_PF_INT => value <= 0xff,
         MSR_KVM_POLL_CONTROL => value <= 1,
         _ => true,
     }
 }
 
-/// KVM_HC_MAP_GPA_RANGE, which the monitor performs: a range of pages, and what they shall be.
-fn map_gpa_range(gpa: u64, pages: u64, attributes: u64) -> Option<Exit> {
-    let first = gpa / PAGE;
-    let good = gpa.is_multiple_of(PAGE) && first.checked_add(pages).is_some_and(|end| end > first);
-    good.then_some(Exit::Hypercall {
-        nr: KVM_HC_MAP_GPA_RANGE.into(),
-        args: [gpa, pages, attributes, 0, 0],
-    })
-}
-
 impl VcpuMachine {
-    /// Whether the MSR exists for whoever asks: with KVM_CAP_ENFORCE_PV_FEATURE_CPUID a guest has only
-    /// what its CPUID announces.
-    fn paravirt_msr(&self, index: u32, access: Access) -> MsrAccess<()> {
-        let Some((_, feature)) = MSRS.iter().find(|(i, _)| *i == index) else {
-            return Err(MsrError::Unknown);
-        };
-        if access == Access::Guest && !self.guest_may_use(*feature) {
-            return Err(MsrError::Unknown);
+    /// Whether this vCPU has the MSR: with KVM_CAP_ENFORCE_PV_FEATURE_CPUID only what its CPUID announces.
+    fn paravirt_msr(&self, index: u32) -> MsrAccess<()> {
+        let feature = MSRS.iter().find(|(i, _)| *i == index).map(|(_, f)| *f);
+        match feature {
+            Some(feature) if self.guest_may_use(feature) => Ok(()),
+            _ => Err(MsrError::Unknown),
         }
-        Ok(())
     }
 
     /// RDMSR of KVM's own MSRs.
-    pub fn paravirt_read(&self, index: u32, access: Access) -> MsrAccess<u64> {
-        self.paravirt_msr(index, access)?;
-        if index == MSR_KVM_ASYNC_PF_ACK {
-            return Ok(0);
+    pub fn paravirt_read(&self, index: u32) -> MsrAccess<u64> {
+        self.paravirt_msr(index)?;
+        match index {
+            MSR_KVM_ASYNC_PF_ACK => Ok(0),
+            MSR_KVM_WALL_CLOCK | MSR_KVM_WALL_CLOCK_NEW => {
+                Ok(self.vm().wall_clock.load(Ordering::Relaxed))
+            }
+            _ => self
+                .paravirt()
+                .register(index)
+                .copied()
+                .ok_or(MsrError::Unknown),
         }
-        self.paravirt()
-            .register(index)
-            .copied()
-            .ok_or(MsrError::Unknown)
     }
 
     /// WRMSR of KVM's own MSRs.
-    pub fn paravirt_write(&self, index: u32, value: u64, access: Access) -> MsrAccess<()> {
-        self.paravirt_msr(index, access)?;
-        if index == MSR_KVM_ASYNC_PF_ACK {
-            return Ok(());
-        }
-        if !valid(index, value) {
+    pub fn paravirt_write(&self, index: u32, value: u64) -> MsrAccess<()> {
+        self.paravirt_msr(index)?;
+        if !well_formed(index, value) || !self.paravirt_takes(index, value) {
             return Err(MsrError::Invalid);
         }
         {
             let mut paravirt = self.paravirt();
             if let Some(register) = paravirt.register(index) {
                 *register = value;
-            }
-            if index == MSR_KVM_STEAL_TIME {
-                paravirt.steal_time_is_new = true;
             }
             if matches!(index, MSR_KVM_SYSTEM_TIME | MSR_KVM_SYSTEM_TIME_NEW) {
                 paravirt.clock_generation = None;
@@ -252,13 +251,47 @@ impl VcpuMachine {
                 self.set_uses_clock(value & ENABLED != 0);
                 self.request_clock_update();
             }
-            MSR_KVM_WALL_CLOCK | MSR_KVM_WALL_CLOCK_NEW if value != 0 => {
-                self.write_wall_clock(value);
+            MSR_KVM_WALL_CLOCK | MSR_KVM_WALL_CLOCK_NEW => {
+                self.vm().wall_clock.store(value, Ordering::Relaxed);
+                if value != 0 {
+                    self.write_wall_clock(value);
+                }
             }
             MSR_KVM_STEAL_TIME => self.set_uses_steal_time(value & ENABLED != 0),
             _ => {}
         }
         Ok(())
+    }
+
+    /// Whether this machine can do what the value asks for (`kvm_pv_enable_async_pf`, `kvm_lapic_set_pv_eoi`).
+    fn paravirt_takes(&self, index: u32, value: u64) -> bool {
+        let in_ram = |at: u64, bytes: &mut [u8]| self.vm().memory().read(at, bytes).is_ok();
+        match index {
+            MSR_KVM_STEAL_TIME => crate::steal_time::is_measured(),
+            MSR_KVM_PV_EOI_EN => value & ENABLED == 0 || in_ram(value & !ENABLED, &mut [0]),
+            MSR_KVM_ASYNC_PF_INT => self.lapic().is_some(),
+            MSR_KVM_ASYNC_PF_EN => {
+                let modes = [
+                    (ASYNC_PF_VMEXIT, KVM_FEATURE_ASYNC_PF_VMEXIT),
+                    (ASYNC_PF_INT, KVM_FEATURE_ASYNC_PF_INT),
+                ];
+                let mut allowed = modes
+                    .iter()
+                    .all(|(bit, feature)| value & bit == 0 || self.guest_may_use(*feature));
+                if value & ENABLED != 0 && value & ASYNC_PF_INT != 0 {
+                    allowed &= in_ram(value & !0x3f, &mut [0; 8]);
+                }
+                allowed && (value == 0 || self.lapic().is_some())
+            }
+            _ => true,
+        }
+    }
+
+    /// RESET and INIT.
+    pub fn reset_paravirt(&self) {
+        self.paravirt().reset();
+        self.set_uses_clock(false);
+        self.set_uses_steal_time(false);
     }
 
     /// `struct pvclock_wall_clock`: the time of day when kvmclock was 0.
@@ -268,9 +301,10 @@ impl VcpuMachine {
         if memory.read(at, &mut version).is_err() {
             return;
         }
-        let version = u32::from_le_bytes(version) | 1;
+        // Odd while the rest is written, and another than the guest has read.
+        let version = u32::from_le_bytes(version).wrapping_add(1) | 1;
         let realtime = self.vm().time.realtime_ns();
-        let boot = realtime.saturating_sub(self.vm().clock().now().ns);
+        let boot = realtime.wrapping_sub(self.vm().clock().now().ns);
         let mut data = [0; 8];
         data[..4].copy_from_slice(&((boot / 1_000_000_000) as u32).to_le_bytes());
         data[4..].copy_from_slice(&((boot % 1_000_000_000) as u32).to_le_bytes());
@@ -279,74 +313,6 @@ impl VcpuMachine {
             .write(at, &version.to_le_bytes())
             .and_then(|()| memory.write(at + 4, &data))
             .and_then(|()| memory.write(at, &version.wrapping_add(1).to_le_bytes()));
-    }
-
-    /// VMCALL and VMMCALL (`kvm_emulate_hypercall`).
-    pub fn do_hypercall(&self, s: &CpuState, nr: u64, args: [u64; 5]) -> Hypercall {
-        let wide = s.code64();
-        let [nr, a0, a1, a2, a3, _] = [nr, args[0], args[1], args[2], args[3], args[4]]
-            .map(|v| if wide { v } else { u64::from(v as u32) });
-        let result = if s.cpl() != 0 {
-            -i64::from(anykvm_abi::KVM_EPERM)
-        } else {
-            match (nr as u32, nr >> 32) {
-                (anykvm_abi::KVM_HC_VAPIC_POLL_IRQ, 0) => 0,
-                (anykvm_abi::KVM_HC_KICK_CPU, 0) if self.guest_may_use(KVM_FEATURE_PV_UNHALT) => {
-                    if let Some(chip) = self.vm().irqchip() {
-                        chip.pv_kick(a1 as u32);
-                    }
-                    0
-                }
-                (anykvm_abi::KVM_HC_CLOCK_PAIRING, 0) => self.clock_pairing(s, a0, a1),
-                (anykvm_abi::KVM_HC_SEND_IPI, 0) if self.guest_may_use(KVM_FEATURE_PV_SEND_IPI) => {
-                    match self
-                        .vm()
-                        .irqchip()
-                        .map(|c| c.pv_send_ipi([a0, a1], a2 as u32, a3, wide))
-                    {
-                        Some(Ok(n)) => n.into(),
-                        _ => -i64::from(anykvm_abi::KVM_ENOSYS),
-                    }
-                }
-                (KVM_HC_MAP_GPA_RANGE, 0) if self.vm().enabled().exits_on(KVM_HC_MAP_GPA_RANGE) => {
-                    match map_gpa_range(a0, a1, a2) {
-                        Some(exit) => return Hypercall::Exit(exit),
-                        None => -i64::from(anykvm_abi::KVM_EINVAL),
-                    }
-                }
-                (anykvm_abi::KVM_HC_SCHED_YIELD, 0)
-                    if self.guest_may_use(KVM_FEATURE_PV_SCHED_YIELD) =>
-                {
-                    std::thread::yield_now();
-                    0
-                }
-                _ => -i64::from(anykvm_abi::KVM_ENOSYS),
-            }
-        };
-        Hypercall::Done(if wide {
-            result as u64
-        } else {
-            u64::from(result as u32)
-        })
-    }
-
-    /// `struct kvm_clock_pairing`: the host's time of day and the guest's TSC at one moment.
-    fn clock_pairing(&self, s: &CpuState, at: u64, kind: u64) -> i64 {
-        const WALLCLOCK: u64 = 0;
-        let clock = self.vm().clock();
-        if kind != WALLCLOCK || !clock.host().stable {
-            return -i64::from(anykvm_abi::KVM_EOPNOTSUPP);
-        }
-        let now = self.vm().time.realtime_ns();
-        let tsc = tsc_at(self.vm().time.tsc(), s.tsc_offset, s.tsc_ratio);
-        let mut data = [0; 64];
-        data[..8].copy_from_slice(&(now / 1_000_000_000).to_le_bytes());
-        data[8..16].copy_from_slice(&(now % 1_000_000_000).to_le_bytes());
-        data[16..24].copy_from_slice(&tsc.to_le_bytes());
-        match self.vm().memory().write(at, &data) {
-            Ok(()) => 0,
-            Err(_) => -i64::from(anykvm_abi::KVM_EFAULT),
-        }
     }
 }
 
@@ -374,11 +340,11 @@ mod tests {
 
     #[test]
     fn reserved_bits() {
-        assert!(!valid(MSR_KVM_STEAL_TIME, 0x21));
-        assert!(!valid(MSR_KVM_STEAL_TIME, 0x20));
-        assert!(valid(MSR_KVM_STEAL_TIME, 0x41));
-        assert!(!valid(MSR_KVM_PV_EOI_EN, 3));
-        assert!(!valid(MSR_KVM_POLL_CONTROL, 2));
-        assert!(!valid(MSR_KVM_ASYNC_PF_EN, 0x11));
+        assert!(!well_formed(MSR_KVM_STEAL_TIME, 0x21));
+        assert!(!well_formed(MSR_KVM_STEAL_TIME, 0x20));
+        assert!(well_formed(MSR_KVM_STEAL_TIME, 0x41));
+        assert!(!well_formed(MSR_KVM_PV_EOI_EN, 3));
+        assert!(!well_formed(MSR_KVM_POLL_CONTROL, 2));
+        assert!(!well_formed(MSR_KVM_ASYNC_PF_EN, 0x11));
     }
 }

@@ -78,6 +78,12 @@ impl Vcpu {
             Err(_) => {}
         }
         self.machine().pause_stolen_time();
+        if result == Err(Errno::EINTR)
+            && !core.cpu.io.pending()
+            && core.completion == Completion::None
+        {
+            self.mark_preempted();
+        }
         self.save_to_page(&mut core);
         result.map(|_| ())
     }
@@ -170,6 +176,13 @@ impl Vcpu {
         Ok(())
     }
 
+    /// The guest does not go on for now, and is between two instructions.
+    pub(crate) fn mark_preempted(&self) {
+        if self.machine().mark_preempted() {
+            self.count(VcpuStat::PreemptionReported);
+        }
+    }
+
     /// What is looked at each time the guest is entered.
     fn before_entry(&self, core: &mut Core) {
         let machine = self.machine();
@@ -177,7 +190,9 @@ impl Vcpu {
         if machine.clock_is_stale() {
             machine.write_clock_page();
         }
-        machine.record_stolen_time();
+        if machine.record_stolen_time() {
+            self.count(VcpuStat::TlbFlushes);
+        }
         if core.vapic_addr != 0 {
             self.sync_vapic(core);
         }

@@ -4,25 +4,31 @@
 //! The host counts that for each thread ("run delay", the second number of `/proc/self/task/TID/schedstat`). The
 //! seccomp filters of monitors forbid their vCPU threads to read files, so the VM's event thread does it: every
 //! few milliseconds while the guest has the clock in use, and when KVM_RUN is entered after a pause, which then
-//! waits for it. The vCPU's thread adds what is new to the guest's `struct kvm_steal_time`.
+//! waits for it: what was stolen meanwhile is known when the guest goes on. The vCPU's thread adds what is new to
+//! the guest's `struct kvm_steal_time`; an entry with nothing new costs it a look at one flag.
 //!
-//! No vCPU is ever marked as preempted there: nobody tells this process when the host takes a thread off its
-//! processor.
+//! `preempted` there says whether the vCPU runs, as far as this process knows: nobody tells it when the host takes
+//! a thread off its processor. So a vCPU is marked when its thread sleeps in HLT, and when KVM_RUN ends between two
+//! instructions for a signal. Others then leave their TLB flushes to it (KVM_FEATURE_PV_TLB_FLUSH): it exchanges
+//! the byte for 0 before it executes anything.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
+use anykvm_abi::{KVM_FEATURE_PV_TLB_FLUSH, KVM_VCPU_FLUSH_TLB, KVM_VCPU_PREEMPTED};
+use anykvm_cpu::host_tsc;
 use anykvm_cpu::memory::GuestMemory;
-use anykvm_cpu::requests::OWNER;
+use anykvm_cpu::requests::{OWNER, TLB_FLUSH};
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::futex;
 use rustix::time::Timespec;
 
-use crate::clock::monotonic_ns;
+use crate::clock::{self, monotonic_ns};
 use crate::event_thread::{Deadline, Expire};
-use crate::kick::Kick;
 use crate::machine::VcpuMachine;
+use crate::vcpu_requests::VcpuRequests;
 
 /// Between two looks while the guest runs.
 const PERIOD_NS: u64 = 10_000_000;
@@ -74,8 +80,10 @@ pub(crate) struct RunDelay {
     thread: AtomicU32,
     /// Its run delay, as last looked up.
     ns: AtomicU64,
-    /// When the guest last paused.
+    /// The host's TSC when the guest last paused.
     paused_at: AtomicU64,
+    /// [`LONG_PAUSE_NS`] by that clock.
+    long_pause: u64,
     /// Incremented by each look; KVM_RUN sleeps on it.
     looks: AtomicU32,
     /// The guest runs, and wants to know.
@@ -83,7 +91,7 @@ pub(crate) struct RunDelay {
     /// It has run since the last look.
     was_in_use: AtomicBool,
     file: Mutex<Option<(u32, OwnedFd)>>,
-    kick: Arc<Kick>,
+    requests: Arc<VcpuRequests>,
     deadline: Arc<Deadline>,
 }
 
@@ -99,16 +107,17 @@ impl Expire for Look {
 }
 
 impl RunDelay {
-    pub fn new(kick: Arc<Kick>, deadline: Arc<Deadline>) -> Self {
+    pub fn new(requests: Arc<VcpuRequests>, deadline: Arc<Deadline>) -> Self {
         Self {
             thread: AtomicU32::new(0),
             ns: AtomicU64::new(0),
             paused_at: AtomicU64::new(0),
+            long_pause: u64::from(clock::host().khz) * LONG_PAUSE_NS / 1_000_000,
             looks: AtomicU32::new(0),
             in_use: AtomicBool::new(false),
             was_in_use: AtomicBool::new(false),
             file: Mutex::new(None),
-            kick,
+            requests,
             deadline,
         }
     }
@@ -122,9 +131,11 @@ impl RunDelay {
         }
         if let Some(ns) = file.as_ref().and_then(|(_, fd)| run_delay(fd))
             && self.ns.swap(ns, SeqCst) != ns
-            && self.in_use.load(SeqCst)
         {
-            self.kick.requests().set(OWNER);
+            self.requests.request_steal_update();
+            if self.in_use.load(SeqCst) {
+                self.requests.kick.requests().set(OWNER);
+            }
         }
         self.looks.fetch_add(1, SeqCst);
         let _ = futex::wake(&self.looks, futex::Flags::PRIVATE, 1);
@@ -137,11 +148,15 @@ impl RunDelay {
     /// before.
     pub fn begin(&self) -> bool {
         let thread = thread_id();
-        let other = self.thread.swap(thread, SeqCst) != thread;
-        let now = monotonic_ns();
-        if other || now.wrapping_sub(self.paused_at.load(SeqCst)) >= LONG_PAUSE_NS {
+        let other = self.thread.load(Relaxed) != thread;
+        if other {
+            self.thread.store(thread, SeqCst);
+        }
+        // Where the processors' counters do not agree it may seem long when it was not.
+        let pause = host_tsc().wrapping_sub(self.paused_at.load(Relaxed));
+        if other || pause >= self.long_pause {
             let before = self.looks.load(SeqCst);
-            self.deadline.set(Some(now));
+            self.deadline.set(Some(monotonic_ns()));
             while self.looks.load(SeqCst) == before {
                 let wait = futex::wait(&self.looks, futex::Flags::PRIVATE, before, Some(&PATIENCE));
                 if wait == Err(rustix::io::Errno::TIMEDOUT) {
@@ -154,15 +169,17 @@ impl RunDelay {
 
     /// The guest is about to run.
     pub fn go_on(&self) {
-        if !self.in_use.swap(true, SeqCst) && !self.was_in_use.swap(true, SeqCst) {
+        self.in_use.store(true, Relaxed);
+        // If it was in use the next look comes anyway, and finds it so.
+        if !self.was_in_use.load(Relaxed) && !self.was_in_use.swap(true, SeqCst) {
             self.deadline.set(Some(monotonic_ns() + PERIOD_NS));
         }
     }
 
     /// The guest does not run for now.
     pub fn pause(&self) {
-        self.paused_at.store(monotonic_ns(), SeqCst);
-        self.in_use.store(false, SeqCst);
+        self.paused_at.store(host_tsc(), Relaxed);
+        self.in_use.store(false, Relaxed);
     }
 
     /// The run delay as it was last looked up.
@@ -173,6 +190,8 @@ impl RunDelay {
 
 /// `kvm_steal_time.version` begins here; `steal` is at 0.
 const VERSION: u64 = 8;
+/// `kvm_steal_time.preempted`.
+const PREEMPTED: u64 = 16;
 
 impl VcpuMachine {
     /// KVM_RUN begins: what was stolen before is known when it returns.
@@ -185,20 +204,37 @@ impl VcpuMachine {
         }
     }
 
-    /// The guest is about to go on: it is told what was stolen since the last time.
-    pub fn record_stolen_time(&self) {
-        let Some(delay) = self.run_delay() else {
-            return;
-        };
-        delay.go_on();
-        let now = delay.ns();
-        let mut paravirt = self.paravirt();
-        let before = paravirt.stolen_before.replace(now).unwrap_or(now);
-        if let Some(at) = paravirt.steal_time_address()
-            && (now > before || paravirt.take_steal_time_is_new())
-        {
-            record(self.vm().memory(), at, now.saturating_sub(before));
+    /// The guest is about to go on: it is told what was stolen since the last time, and that it runs. True if its
+    /// TLB is flushed, because another processor has left that to it.
+    pub fn record_stolen_time(&self) -> bool {
+        if !self.uses_steal_time() {
+            return false;
         }
+        if let Some(delay) = self.run_delay() {
+            delay.go_on();
+        }
+        self.requests().take_steal_update() && self.update_steal_time()
+    }
+
+    /// `record_steal_time`.
+    fn update_steal_time(&self) -> bool {
+        let mut paravirt = self.paravirt();
+        let Some(at) = paravirt.steal_time_address() else {
+            return false;
+        };
+        let memory = self.vm().memory();
+        let preempted = memory.exchange(at + PREEMPTED, 0).unwrap_or(0);
+        let flush =
+            preempted & KVM_VCPU_FLUSH_TLB != 0 && self.guest_may_use(KVM_FEATURE_PV_TLB_FLUSH);
+        if flush {
+            self.requests().kick.requests().set(TLB_FLUSH);
+        }
+        if let Some(delay) = self.run_delay() {
+            let now = delay.ns();
+            let before = paravirt.stolen_before.replace(now).unwrap_or(now);
+            record(memory, at, now.saturating_sub(before));
+        }
+        flush
     }
 
     /// The guest does not go on for now.
@@ -206,6 +242,24 @@ impl VcpuMachine {
         if let Some(delay) = self.run_delay() {
             delay.pause();
         }
+    }
+
+    /// The guest does not go on for now, and is between two instructions: what another processor's TLB flush is
+    /// about is not used until [`Self::record_stolen_time`] (`kvm_steal_time_set_preempted`). True if the guest is
+    /// told.
+    pub fn mark_preempted(&self) -> bool {
+        // Marked already, perhaps with a flush asked for; or the byte has not been looked at yet.
+        if self.run_delay().is_none() || self.requests().wants_steal_update() {
+            return false;
+        }
+        let Some(at) = self.paravirt().steal_time_address() else {
+            return false;
+        };
+        let memory = self.vm().memory();
+        // An address that is not RAM is the guest's loss.
+        let told = memory.write(at + PREEMPTED, &[KVM_VCPU_PREEMPTED]).is_ok();
+        self.requests().request_steal_update();
+        told
     }
 }
 

@@ -89,6 +89,14 @@ impl Time {
         self.counted_ns().unwrap_or_else(clock::realtime_ns)
     }
 
+    /// Both, at one moment as nearly as can be told.
+    pub fn realtime_and_tsc(&self) -> (u64, u64) {
+        match self.counted_ns() {
+            Some(now) => (now, now),
+            None => clock::simultaneous(clock::realtime_ns),
+        }
+    }
+
     /// That counter's frequency, and whether it tells the time.
     pub fn host_tsc(&self) -> HostTsc {
         match self.counted {

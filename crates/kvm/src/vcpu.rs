@@ -140,7 +140,7 @@ impl Vcpu {
         ));
         if steal_time::is_measured() && !vm.time.is_counted() {
             let deadline = vm.events.unconnected_deadline();
-            let delay = Arc::new(RunDelay::new(kick.clone(), deadline.clone()));
+            let delay = Arc::new(RunDelay::new(requests.clone(), deadline.clone()));
             vm.events
                 .connect(&deadline, Arc::new(Look(Arc::downgrade(&delay))));
             machine.set_run_delay(delay);

@@ -41,6 +41,8 @@ pub(crate) struct VcpuRequests {
     /// A TPR access to report: bit 0 set, bit 1 a write, and RIP.
     tpr_access: AtomicU8,
     tpr_access_rip: AtomicU64,
+    /// The guest's `struct kvm_steal_time` is to be looked at (KVM_REQ_STEAL_UPDATE).
+    steal_update: AtomicBool,
     /// The APIC timer's deadline, watched by the VM's event thread.
     deadline: Arc<Deadline>,
     /// The guest TSC's relation to the host's, as in the processor's state, for other threads.
@@ -61,6 +63,7 @@ impl VcpuRequests {
             ioapic_eoi: AtomicU16::new(NO_EOI),
             tpr_access: AtomicU8::new(0),
             tpr_access_rip: AtomicU64::new(0),
+            steal_update: AtomicBool::new(false),
             deadline,
             tsc_offset: AtomicU64::new(0),
             tsc_ratio: AtomicU64::new(1 << 48),
@@ -129,6 +132,18 @@ impl VcpuRequests {
             0 => None,
             bits => Some((self.tpr_access_rip.load(Ordering::Relaxed), bits & 2 != 0)),
         }
+    }
+    /// The guest's `struct kvm_steal_time` is to be looked at before the guest goes on.
+    pub fn request_steal_update(&self) {
+        self.steal_update.store(true, Ordering::SeqCst);
+    }
+    /// Whether it is to be looked at.
+    pub fn wants_steal_update(&self) -> bool {
+        self.steal_update.load(Ordering::SeqCst)
+    }
+    /// The same, for whoever does it now.
+    pub fn take_steal_update(&self) -> bool {
+        self.wants_steal_update() && self.steal_update.swap(false, Ordering::SeqCst)
     }
     /// The guest TSC's relation to the host's.
     pub fn tsc(&self) -> GuestTsc {

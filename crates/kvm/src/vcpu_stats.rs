@@ -35,6 +35,10 @@ vcpu_statistics! {
     HaltSuccessfulPoll = counter "halt_successful_poll";
     /// Sleeps in HLT.
     HaltSleeps = counter "halt_sleeps";
+    /// The guest was told that the vCPU does not run ([`crate::steal_time`]).
+    PreemptionReported = counter "preemption_reported";
+    /// TLB flushes that another vCPU has left to this one because of that.
+    TlbFlushes = counter "tlb_flush";
     /// KVM_EXIT_INTERNAL_ERROR.
     InternalErrors = counter "internal_errors";
     /// Instructions completed.

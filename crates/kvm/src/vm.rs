@@ -1,7 +1,7 @@
 //! A virtual machine: what KVM_CREATE_VM makes.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use anykvm_abi::{
@@ -52,6 +52,8 @@ pub struct Vm {
     pub(crate) time: Arc<Time>,
     pub(crate) clock: Clock,
     pub(crate) clock_pages: ClockPages,
+    /// MSR_KVM_WALL_CLOCK, one for all vCPUs.
+    pub(crate) wall_clock: AtomicU64,
     /// The last TSC written, which the vCPUs share.
     pub(crate) tsc_sync: crate::tsc::TscSync,
     pub(crate) stats: Arc<StatsFile>,
@@ -146,6 +148,7 @@ impl Vm {
             memory: Arc::new(GuestMemory::new()),
             clock: Clock::new(time.clone()),
             clock_pages: ClockPages::default(),
+            wall_clock: AtomicU64::new(0),
             tsc_sync: Default::default(),
             events: EventThread::start(stats.clone(), time.clone())?,
             time,

@@ -99,6 +99,13 @@ fn check(bench: &Bench, test: &Test, kernel: Kernel, jit: Option<&str>) -> Resul
     if outcome.status.code() != Some(0) {
         bail!("power-off gave {}", outcome.status);
     }
+    if test.cpus > 1 {
+        let flushes = "KVM setup pv remote TLB flush";
+        if !outcome.output.contains(flushes) || counter(&outcome.output, "preemption_reported") == 0
+        {
+            bail!("the guest leaves no TLB flush to processors that do not run");
+        }
+    }
     Ok(())
 }
 

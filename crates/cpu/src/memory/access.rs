@@ -161,6 +161,19 @@ pub(crate) fn copy_to_guest(host: u64, data: &[u8]) {
     }
 }
 
+/// Replaces a byte of guest RAM in one step; what was there.
+pub(crate) fn exchange(host: u64, value: u8) -> u8 {
+    let mut found = 0;
+    loop {
+        // SAFETY: callers pass host addresses inside a slot they hold.
+        let (now, done) = unsafe { u8::compare_exchange(host, found, value) };
+        if done {
+            return found;
+        }
+        found = now;
+    }
+}
+
 /// A page of guest RAM found by a page walk: a host address that is good until the processor lets
 /// go of its map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -315,6 +315,23 @@ impl GuestMemory {
         })
     }
 
+    /// Replaces a byte that the guest, too, changes by locked instructions; what was there. Otherwise as
+    /// [`Self::write`].
+    pub fn exchange(&self, gpa: u64, value: u8) -> Result<u8, NotRam> {
+        let mut found = 0;
+        self.pieces(gpa, 1, |slot, at, _| {
+            if slot.readonly {
+                return Err(NotRam(at));
+            }
+            let host = slot.host + (at - slot.gpa);
+            found = access::exchange(host, value);
+            self.pages.stored(host, 1);
+            slot.mark_dirty(at);
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
     fn pieces(
         &self,
         gpa: u64,

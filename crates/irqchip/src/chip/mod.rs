@@ -282,7 +282,7 @@ impl IrqChip {
         let irq = Interrupt::from_icr(icr as u32, 0);
         let bits = if wide { 64 } else { 32 };
         let mut total = 0;
-        for (first, bitmap) in [(min, bitmap[0]), (min.saturating_add(bits), bitmap[1])] {
+        for (first, bitmap) in [(min, bitmap[0]), (min.wrapping_add(bits), bitmap[1])] {
             let bitmap = bitmap & u64::MAX >> (64 - bits);
             let taken = self.bus.deliver_to_bitmap(first, bitmap, &irq);
             total += taken.ok_or(Error::NoDevice)?;

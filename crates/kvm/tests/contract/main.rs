@@ -12,6 +12,8 @@ mod guest_memfd;
 mod interrupts;
 mod io;
 mod memory;
+mod paravirt;
+mod preempted;
 mod steal_time;
 mod support;
 mod system;
