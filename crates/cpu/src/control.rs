@@ -11,7 +11,6 @@ pub fn ends_block(raw: &Instruction) -> bool {
     let system = matches!(
         raw.mnemonic(),
         Mnemonic::Cli
-            | Mnemonic::Sti
             | Mnemonic::Hlt
             | Mnemonic::Popf
             | Mnemonic::Popfd

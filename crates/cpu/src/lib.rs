@@ -43,7 +43,7 @@ mod smm;
 mod stack;
 pub mod state;
 pub(crate) mod step;
-mod syscall;
+pub mod syscall;
 mod tables;
 mod task;
 pub mod trace;

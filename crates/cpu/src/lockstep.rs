@@ -205,14 +205,24 @@ impl Cpu {
         result
     }
 
-    /// The handler and nothing around it.
+    /// The handler and nothing around it but the shadow of the instruction before it.
     fn bare(&mut self, insn: &Insn) -> Result<(), Stop> {
         let rip = self.state.rip();
         self.state.set_rip(rip.wrapping_add(insn.len.into()));
-        (insn.handler)(self, insn).inspect_err(|_| {
+        self.prior_shadow = std::mem::take(&mut self.state.events.shadow);
+        let done = (insn.handler)(self, insn);
+        let shadow = std::mem::take(&mut self.prior_shadow);
+        done.inspect_err(|_| {
             self.exit = None;
             self.state.set_rip(rip);
+            self.state.events.shadow = shadow;
         })
+    }
+
+    /// Puts an earlier state back, or a later one, of the same address space.
+    pub fn put_state(&mut self, state: CpuState) {
+        self.state = state;
+        self.update_mode();
     }
 
     /// Translated code has been left in front of a repeated string instruction, which is partly done: RCX is

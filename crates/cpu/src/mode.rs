@@ -115,6 +115,11 @@ impl Mode {
     pub fn flat(self) -> bool {
         self.0 & Self::FLAT != 0
     }
+    /// The same 64-bit code at CPL 3, or at CPL 0. `None` for other code, and at CPL 1 and 2.
+    pub fn other_privilege(self) -> Option<Self> {
+        let possible = self.code64() && self.0 & Self::MIDDLE == 0;
+        possible.then_some(Self(self.0 ^ Self::USER))
+    }
     /// The packed bits, for keys.
     pub fn bits_packed(self) -> u32 {
         self.0

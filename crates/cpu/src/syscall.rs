@@ -7,9 +7,9 @@ use crate::exit::Stop;
 use crate::state::{Segment, efer, reg, rflags, seg};
 
 /// Flat 4 GiB code, read/execute, accessed, present, DPL 0.
-const CODE: u32 = Segment::G | Segment::P | Segment::S | 0xb;
+pub const CODE: u32 = Segment::G | Segment::P | Segment::S | 0xb;
 /// Flat 4 GiB data, read/write, accessed, present, DPL 0, big.
-const DATA: u32 = Segment::G | Segment::DB | Segment::P | Segment::S | 0x3;
+pub const DATA: u32 = Segment::G | Segment::DB | Segment::P | Segment::S | 0x3;
 
 fn flat(selector: u16, attr: u32, dpl: u8) -> Segment {
     let mut s = Segment {

@@ -10,8 +10,9 @@ use crate::exit::Exit;
 use crate::memory::PAGE;
 use crate::memory::access::HostPage;
 use crate::mmu::slow::Fetched;
-use crate::mmu::tlb::layout;
+use crate::mmu::tlb::{Set, layout};
 use crate::requests::Requests;
+use crate::state::rflags;
 use std::sync::Arc;
 
 /// A TLB entry's offset from [`Cpu::level1`] is `(linear address >> TLB_INDEX_SHIFT) &
@@ -263,6 +264,22 @@ impl Cpu {
     /// Address of the level-1 TLB entries for the running code.
     pub fn level1(&self) -> u64 {
         self.tlb.level1()
+    }
+    /// The same of 64-bit code at CPL 3 or CPL 0, while RFLAGS.AC is clear: the level-1 entries, and those
+    /// behind them.
+    pub fn entries_at(&mut self, user: bool) -> (u64, u64) {
+        let set = if user { Set::User } else { Set::Supervisor };
+        (self.tlb.level1_of(set), self.tlb.behind_level1_of(set))
+    }
+    /// Whether nothing waits for RFLAGS.IF to be set. What comes later is announced by a request.
+    pub fn nothing_waits_for_if(&self) -> bool {
+        self.state.rflags & rflags::IF != 0
+            || !self.machine.interrupt_pending() && !self.machine.wants_interrupt_window()
+    }
+    /// Translated code has changed the privilege level, or RFLAGS.AC: what is derived from the state is made
+    /// anew.
+    pub fn privilege_changed(&mut self) {
+        self.update_mode();
     }
     /// The number of the address space: the low bits of every TLB tag.
     pub fn address_space(&self) -> u64 {

@@ -173,6 +173,11 @@ impl Asm {
     pub fn jne(&mut self) -> Hole {
         self.jcc(5)
     }
+    /// LEA of an address relative to RIP into RCX, to be filled in like a branch.
+    pub fn address(&mut self) -> Hole {
+        self.pointer = None;
+        self.branch(&[0x48, 0x8d, 0x0d])
+    }
     /// Puts a number into the lower half of a register, whose upper half becomes 0.
     pub fn load_number(&mut self, to: Register, number: u32) {
         debug_assert!(to.is_gpr64() && to < Register::R8);

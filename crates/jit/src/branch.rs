@@ -210,7 +210,7 @@ fn change_page(a: &mut Asm, offset: i64) -> Result<(), IcedError> {
 }
 
 /// Puts the RIP at an offset from the page into R15.
-fn relative(a: &mut Asm, word: Word, offset: i64) -> Result<(), IcedError> {
+pub(crate) fn relative(a: &mut Asm, word: Word, offset: i64) -> Result<(), IcedError> {
     a.load(SCRATCH, slot(Slot::Page))?;
     word.lea(a, SCRATCH, at(SCRATCH, offset))
 }
@@ -218,19 +218,28 @@ fn relative(a: &mut Asm, word: Word, offset: i64) -> Result<(), IcedError> {
 /// Looks the RIP in R15 up in the current view. Destroys the flags; leaves the address of the view's
 /// entry in RCX. Returns the branch that is taken if it is another RIP's.
 fn look_up(a: &mut Asm) -> Result<Hole, IcedError> {
-    static LOOK_UP: Constant = Constant::new(|a| {
-        a.emit(Code::Movzx_r32_rm16, Register::ECX, Register::R15W)?;
-        let shift = size_of::<Jump>().trailing_zeros();
-        a.emit(Code::Shl_rm32_imm8, Register::ECX, shift)?;
-        a.emit(Code::Add_r64_rm64, POINTER, slot(Slot::Jumps))?;
-        let rip = at(POINTER, offset_of!(Jump, rip) as i64);
-        a.emit(Code::Cmp_r64_rm64, SCRATCH, rip)
-    });
+    static LOOK_UP: Constant = Constant::new(|a| compare_entry(a, slot(Slot::Jumps)));
     a.constant(&LOOK_UP)?;
     Ok(a.jne())
 }
 
-fn found() -> MemoryOperand {
+/// The same in the table whose address is at `jumps`.
+pub(crate) fn look_up_in(a: &mut Asm, jumps: MemoryOperand) -> Result<Hole, IcedError> {
+    compare_entry(a, jumps)?;
+    Ok(a.jne())
+}
+
+fn compare_entry(a: &mut Asm, jumps: MemoryOperand) -> Result<(), IcedError> {
+    a.emit(Code::Movzx_r32_rm16, Register::ECX, Register::R15W)?;
+    let shift = size_of::<Jump>().trailing_zeros();
+    a.emit(Code::Shl_rm32_imm8, Register::ECX, shift)?;
+    a.emit(Code::Add_r64_rm64, POINTER, jumps)?;
+    let rip = at(POINTER, offset_of!(Jump, rip) as i64);
+    a.emit(Code::Cmp_r64_rm64, SCRATCH, rip)
+}
+
+/// The entry point, behind a look-up.
+pub(crate) fn found() -> MemoryOperand {
     at(POINTER, offset_of!(Jump, code) as i64)
 }
 

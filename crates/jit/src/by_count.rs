@@ -33,6 +33,7 @@ impl Block {
         self.a.land_short(none);
         let leave = self.a.jmp();
         let exit = self.exits.add(Wish::Request, site.at, self.flags.clone());
+        self.note_shadow(site, exit);
         self.exits.lead(leave, exit);
         self.a.land(over);
         Ok(())
@@ -45,7 +46,7 @@ impl Jit {
         self.shared.instructions = most;
         let mut entered = false;
         loop {
-            let view = self.views.select(cpu);
+            self.views.select(cpu);
             let known = self.views.find(cpu.state.rip());
             let known = known.filter(|_| self.pending.is_none());
             let Some(entry) = known.or_else(|| self.find_bounded(cpu)) else {
@@ -66,7 +67,7 @@ impl Jit {
             }
             if self.table.crosses(number) {
                 self.pending = Some(number);
-                self.crossed = (view, self.shared.page, 0);
+                self.crossed = (self.shared.view, self.shared.page, 0);
             }
             if !matches!(taken.wish, Wish::Link { .. }) {
                 break;

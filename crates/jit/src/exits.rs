@@ -11,6 +11,7 @@ use crate::flags::Flags;
 use crate::regs::POINTER;
 use crate::shared::Slot;
 use crate::stubs::Stub;
+use crate::system;
 use crate::translate::{Block, Site};
 
 /// What an exit asks of the translator. Positions are relative to the translation's code.
@@ -62,6 +63,8 @@ pub(crate) struct Leaving {
     flags: Flags,
     /// A register to be put aside for the flags' recipe where the block is resumed.
     aside: Option<Register>,
+    /// The instruction is behind an STI.
+    shadow: bool,
 }
 
 /// The exits of a block, and the branches that lead to them.
@@ -87,6 +90,7 @@ impl Exits {
             exit: Exit { offset, wish },
             flags,
             aside: None,
+            shadow: false,
         });
         self.list.len() - 1
     }
@@ -100,6 +104,13 @@ impl Exits {
     pub fn put_aside(&mut self, exit: usize, register: Option<Register>) {
         if let Some(leaving) = self.list.get_mut(exit) {
             leaving.aside = register;
+        }
+    }
+
+    /// This exit is taken in the shadow of the last STI.
+    fn in_shadow(&mut self, exit: usize) {
+        if let Some(leaving) = self.list.get_mut(exit) {
+            leaving.shadow = true;
         }
     }
 
@@ -118,6 +129,7 @@ impl Block {
             guarded: self.sharing.spans(site.k),
         };
         let exit = self.exits.add(wish, site.at, self.flags.clone());
+        self.note_shadow(site, exit);
         for hole in holes {
             self.exits.lead(*hole, exit);
         }
@@ -159,8 +171,24 @@ impl Block {
         self.exits.lead(hole, exit);
     }
 
-    /// An exit that goes on at this instruction in a translation that shares nothing.
+    /// An exit in front of an instruction is taken in the shadow, if there is one.
+    pub fn note_shadow(&mut self, site: Site, exit: usize) {
+        if self.is_shadowed(site) {
+            self.exits.in_shadow(exit);
+        }
+    }
+
+    /// Whether an instruction is behind an STI that is translated.
+    fn is_shadowed(&self, site: Site) -> bool {
+        self.shadowed.contains(&site.k)
+    }
+
+    /// An exit that goes on at this instruction in a translation that shares nothing; or, behind an STI,
+    /// leaves it to the interpreter.
     pub fn apart_from(&mut self, site: Site) -> usize {
+        if self.is_shadowed(site) {
+            return self.leave_from(&[], site);
+        }
         let wish = Wish::Link {
             hole: 0,
             unlinked: 0,
@@ -195,6 +223,9 @@ impl Block {
             }
             if let Some(r) = leaving.aside {
                 self.a.store(slot(Slot::Operand), r)?;
+            }
+            if leaving.shadow {
+                system::cast_shadow(&mut self.a)?;
             }
             self.a.load_number(POINTER, self.first_exit + n as u32);
             let jump = self.a.jmp();

@@ -30,6 +30,7 @@ pub mod listing;
 mod lockstep;
 mod memory;
 mod plan;
+mod privilege;
 mod profile;
 mod refill;
 pub mod regs;
@@ -40,6 +41,7 @@ mod simple;
 mod stack;
 mod strings;
 mod stubs;
+mod syscall;
 mod system;
 mod table;
 

@@ -100,9 +100,9 @@ fn may_be_translated(insn: &Insn) -> bool {
         FlowControl::ConditionalBranch => true,
         FlowControl::UnconditionalBranch => raw.is_jmp_short_or_near(),
         FlowControl::IndirectBranch => raw.is_jmp_near_indirect(),
-        FlowControl::Call => raw.is_call_near(),
+        FlowControl::Call => raw.is_call_near() || system::executes(raw.code()),
         FlowControl::IndirectCall => raw.is_call_near_indirect(),
-        FlowControl::Return => raw.mnemonic() == Mnemonic::Ret,
+        FlowControl::Return => raw.mnemonic() == Mnemonic::Ret || system::executes(raw.code()),
         _ => false,
     }
 }
@@ -158,7 +158,7 @@ impl Lockstep {
             }
             // The state before, and whatever runs now begins there again.
             self.copies.note_foreign(&mut self.foreign);
-            cpu.state = self.copies.state().clone();
+            cpu.put_state(self.copies.state().clone());
             self.copies.undo(cpu);
             kept.put_back(jit);
             if attempt == ATTEMPTS {
@@ -183,21 +183,22 @@ impl Lockstep {
         let rest = jit.not_executed();
         let done = start.counted.wrapping_add(counted).wrapping_sub(rest);
         self.copies.take_results();
-        let translated = std::mem::replace(&mut cpu.state, self.copies.state().clone());
+        let translated = cpu.state.clone();
+        cpu.put_state(self.copies.state().clone());
         self.copies.undo_translated(cpu);
         let interpreted = interpret(cpu, &translated, done, &mut |_| {});
         let mut difference = self.compare(cpu, &translated, interpreted);
         if difference.is_some() && difference::is_of_flags(&cpu.state, &translated) {
             // Which of them are undefined takes a look at each instruction.
             let mut undefined = Undefined::default();
-            cpu.state = self.copies.state().clone();
+            cpu.put_state(self.copies.state().clone());
             self.copies.undo(cpu);
             let again = interpret(cpu, &translated, done, &mut |step| undefined.see(step.insn));
             cpu.state.rflags ^= (cpu.state.rflags ^ translated.rflags) & undefined.0;
             difference = self.compare(cpu, &translated, again);
         }
         if difference.is_none() {
-            cpu.state = translated;
+            cpu.put_state(translated);
         }
         Some(Run {
             done,

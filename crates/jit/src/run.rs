@@ -67,7 +67,7 @@ impl Translator for Jit {
             {
                 profile.write(|at, len| self.cache.read(at, len));
             }
-            let view = self.views.select(cpu);
+            self.views.select(cpu);
             let known = self.views.find(cpu.state.rip());
             let entry = match known.filter(|_| self.pending.is_none()) {
                 Some(entry) => entry,
@@ -76,7 +76,7 @@ impl Translator for Jit {
                     None => return self.end_turn(cpu),
                 },
             };
-            if !self.run_from(cpu, entry, view)? || !cpu.may_go_on() {
+            if !self.run_from(cpu, entry)? || !cpu.may_go_on() {
                 return self.end_turn(cpu);
             }
             self.end_turn(cpu)?;
@@ -177,7 +177,7 @@ impl Jit {
     /// Runs translated code from an entry point for branches until it is left for something else than an
     /// instruction behind which it can be entered again. False if the run loop is wanted, or the
     /// interpreter has run.
-    fn run_from(&mut self, cpu: &mut Cpu, entry: u64, view: u64) -> Result<bool, Exit> {
+    fn run_from(&mut self, cpu: &mut Cpu, entry: u64) -> Result<bool, Exit> {
         let mut entry = entry;
         self.shared.page = cpu.state.rip() & !0xfff;
         // The entry point loads what the block needs; places to resume expect it.
@@ -196,7 +196,7 @@ impl Jit {
             };
             if self.table.crosses(number) {
                 self.pending = Some(number);
-                self.crossed = (view, self.shared.page, 0);
+                self.crossed = (self.shared.view, self.shared.page, 0);
             }
             match taken.wish {
                 Wish::Request => return Ok(false),
@@ -226,6 +226,10 @@ impl Jit {
                     let Some(insn) = taken.insns.get(insn) else {
                         return Ok(false);
                     };
+                    if cpu.state.events.shadow != 0 {
+                        // It is executed alone.
+                        return Ok(false);
+                    }
                     self.stats.left += 1;
                     if let Some(profile) = &mut self.profile {
                         profile.left(insn);
@@ -275,16 +279,18 @@ impl Jit {
     /// Runs translated code from an entry point that expects these vector registers to be loaded. False if
     /// it must not use them.
     pub(crate) fn enter(&mut self, cpu: &mut Cpu, entry: u64, level: Level) -> bool {
-        let s = &mut *self.shared;
         let available = Level::available(&cpu.state);
         if level > available {
             return false;
         }
+        self.views.select(cpu);
+        let s = &mut *self.shared;
         s.allow = [Level::Sse, Level::Avx, Level::Avx512].map(|l| u64::from(l <= available));
         s.x87.allow = x87::allowed(&cpu.state).into();
         s.load = self.stubs.address(Stub::Load(level));
         s.windows
             .empty_if_changed(cpu.mode().user(), cpu.tlb_state());
+        s.quiet = cpu.nothing_waits_for_if().into();
         let f = cpu.state.rflags;
         s.flags = (f & 0xd5) << 8 | f >> 11 & 1;
         s.asn = cpu.address_space();
@@ -307,6 +313,8 @@ impl Jit {
         // 0 is no branch's.
         s.view = self.views.number().unwrap_or(0).into();
         s.state = &raw mut cpu.state;
+        self.set_sides(cpu);
+        let s = &mut *self.shared;
         // SAFETY: `enter` is the function `stubs` generated. It and the translation behind `entry` reach
         // the state, the requests word and the TLB, which belong to `cpu` and outlive the call; this
         // area; and guest RAM through TLB entries of the map the processor holds.
@@ -322,6 +330,10 @@ impl Jit {
         cpu.state
             .set_status(s.flags >> 8 & 0xd5 | (s.flags & 1) << 11);
         self.stats.entries += 1;
+        if self.shared.level1 != cpu.level1() {
+            cpu.privilege_changed();
+            self.views.select(cpu);
+        }
         true
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicU32;
 
 use anykvm_cpu::state::CpuState;
 
+use crate::privilege::Side;
 use crate::sharing::GROUPS;
 use crate::views::Jump;
 use crate::window::Windows;
@@ -67,6 +68,14 @@ pub struct Shared {
     pub refill: [u64; 2],
     /// The TLB's entries behind level 1 for the running code's privilege, and the counts they must rest on.
     pub ready: [u64; 2],
+    /// Not zero if nothing was waiting for RFLAGS.IF to be set when translated code was entered.
+    pub quiet: u64,
+    /// The interrupt shadow of the last STI.
+    pub shadow: u64,
+    /// What changes with the privilege level: for CPL 0, and for CPL 3.
+    pub sides: [Side; 2],
+    /// What a change of the privilege level saves.
+    pub change: [u64; 4],
     /// Addends that accesses of the running block share.
     pub kept: [u64; GROUPS],
     /// See [`crate::window`].
@@ -118,6 +127,13 @@ pub enum Slot {
     Refill1 = 280,
     Ready = 288,
     ReadyCounts = 296,
+    Quiet = 304,
+    Shadow = 312,
+    Sides = 320,
+    Change0 = 384,
+    Change1 = 392,
+    Change2 = 400,
+    Change3 = 408,
 }
 
 const _: () = {
@@ -134,6 +150,9 @@ const _: () = {
     assert!(offset_of!(Shared, refill) == Slot::Refill0 as usize);
     assert!(offset_of!(Shared, ready) == Slot::Ready as usize);
     assert!(offset_of!(Shared, view) == Slot::View as usize);
+    assert!(offset_of!(Shared, quiet) == Slot::Quiet as usize);
+    assert!(offset_of!(Shared, sides) == Slot::Sides as usize);
+    assert!(offset_of!(Shared, change) == Slot::Change0 as usize);
     assert!(offset_of!(Shared, jumps) == Slot::Jumps as usize);
 };
 

@@ -9,6 +9,7 @@ use crate::flags::{load_flags, restore};
 use crate::memory::Use;
 use crate::regs::{Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
+use crate::syscall::{self, Change};
 use crate::vectors::{self, Level};
 use crate::{refill, window, x87};
 
@@ -37,6 +38,8 @@ pub enum Stub {
     Probe(Use),
     /// Fills an entry of level 1.
     Refill(Use),
+    /// SYSCALL, or SYSRET.
+    Change(Change),
 }
 
 /// Where the stubs are.
@@ -52,6 +55,8 @@ pub struct Stubs {
     /// For reads and writes.
     probes: [u64; 2],
     refills: [u64; 2],
+    /// By [`Change`].
+    changes: [u64; 2],
 }
 
 impl Stubs {
@@ -66,6 +71,7 @@ impl Stubs {
             load_x87: moved(self.load_x87),
             probes: self.probes.map(moved),
             refills: self.refills.map(moved),
+            changes: self.changes.map(moved),
         }
     }
 
@@ -82,6 +88,7 @@ impl Stubs {
             Stub::LoadX87 => self.load_x87,
             Stub::Probe(usage) => of_use(self.probes, usage),
             Stub::Refill(usage) => of_use(self.refills, usage),
+            Stub::Change(change) => self.changes[change as usize],
         }
     }
 }
@@ -100,6 +107,7 @@ pub fn stubs() -> Result<(Vec<u8>, Stubs), IcedError> {
     let x87 = x87::loader(&mut a)?;
     let refills = refill::refills(&mut a)?;
     let probes = window::probes(&mut a, refills)?;
+    let changes = syscall::stubs(&mut a)?;
     let restore_flags = a.here();
     restore(&mut a)?;
     a.put(&Instruction::with(Code::Retnq))?;
@@ -160,6 +168,7 @@ pub fn stubs() -> Result<(Vec<u8>, Stubs), IcedError> {
         load_x87: position(x87),
         probes: probes.map(position),
         refills: refills.map(position),
+        changes: changes.map(position),
     };
     Ok((a.into_bytes(), stubs))
 }

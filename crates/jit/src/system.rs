@@ -1,4 +1,5 @@
-//! System instructions of 64-bit code at CPL 0 that only change the state: CLI, PUSHFQ, RDTSC, SWAPGS.
+//! System instructions of 64-bit code: CLI, STI, PUSHFQ, RDTSC, SWAPGS; and where SYSCALL and SYSRET begin
+//! ([`crate::syscall`]).
 //!
 //! The mode is part of what a translation is made for, so the privilege level need not be looked at.
 //! Instructions that are executed alone (TF, breakpoints, an interrupt shadow) never come here.
@@ -6,15 +7,19 @@
 use std::mem::offset_of;
 
 use anykvm_cpu::Insn;
+use anykvm_cpu::events::{Events, SHADOW_STI};
 use anykvm_cpu::state::{CpuState, Msrs, Segment, rflags, seg};
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 
-use crate::asm::{at, slot};
+use crate::asm::{Asm, at, slot};
+use crate::branch::relative;
 use crate::legacy::Word;
 use crate::memory::Use;
 use crate::regs::{GUEST_RSP, POINTER, SCRATCH, bit};
 use crate::shared::Slot;
 use crate::stack;
+use crate::stubs::Stub;
+use crate::syscall::{self, Change};
 use crate::translate::{Block, Done, Site};
 
 /// A field of the state, whose address R15 holds.
@@ -24,19 +29,41 @@ fn field(offset: usize) -> MemoryOperand {
 
 /// Whether it is a system instruction that is translated.
 pub(crate) fn executes(code: Code) -> bool {
-    matches!(code, Code::Cli | Code::Pushfq | Code::Rdtsc | Code::Swapgs)
+    matches!(
+        code,
+        Code::Cli
+            | Code::Pushfq
+            | Code::Rdtsc
+            | Code::Sti
+            | Code::Swapgs
+            | Code::Syscall
+            | Code::Sysretq
+    )
 }
 
 /// Emits a system instruction.
-pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
+pub(crate) fn emit(
+    b: &mut Block,
+    insn: &Insn,
+    site: Site,
+    later: &[Insn],
+) -> Result<Done, IcedError> {
     let code = insn.raw.code();
-    if !b.supervisor || b.word != Word::Quad || !executes(code) {
+    if b.word != Word::Quad || !executes(code) {
+        return Ok(Done::Unsupported);
+    }
+    if b.user && code == Code::Syscall {
+        return change(b, Change::Syscall, site);
+    }
+    if !b.supervisor {
         return Ok(Done::Unsupported);
     }
     match code {
         Code::Cli => cli(b),
         Code::Pushfq => pushf(b, site),
         Code::Rdtsc => rdtsc(b),
+        Code::Sti => sti(b, site, later),
+        Code::Sysretq => change(b, Change::Sysret, site),
         Code::Swapgs => swapgs(b),
         _ => Ok(Done::Unsupported),
     }
@@ -52,6 +79,57 @@ fn cli(b: &mut Block) -> Result<Done, IcedError> {
         !(rflags::IF as u32),
     )?;
     Ok(Done::Next)
+}
+
+/// Sets IF if nothing waits for that. There is no shadow to speak of then; but where the next instruction is
+/// left to the interpreter the state has one ([`cast_shadow`]), so that whoever looks at it knows. Requests are
+/// looked at behind that instruction at the earliest, as everywhere.
+fn sti(b: &mut Block, site: Site, later: &[Insn]) -> Result<Done, IcedError> {
+    use Register as R;
+    // The shadow of a repeated string instruction would end behind its first part.
+    if later
+        .first()
+        .is_none_or(|next| next.raw.is_string_instruction())
+    {
+        return Ok(Done::Unsupported);
+    }
+    b.flags.release(&mut b.a)?;
+    let mut waits = Vec::new();
+    syscall::nothing_waits(&mut b.a, &mut waits)?;
+    b.leave_from(&waits, site);
+    let flags = field(offset_of!(CpuState, rflags));
+    b.a.load(SCRATCH, slot(Slot::State))?;
+    b.a.emit(Code::Mov_r32_rm32, R::ECX, flags)?;
+    b.a.emit(Code::Or_rm32_imm32, flags, rflags::IF as u32)?;
+    // None if IF was set.
+    b.a.emit(Code::And_rm32_imm32, R::ECX, rflags::IF as u32)?;
+    b.a.emit(Code::Xor_rm32_imm32, R::ECX, rflags::IF as u32)?;
+    let shift = rflags::IF.trailing_zeros() - SHADOW_STI.trailing_zeros();
+    b.a.emit(Code::Shr_rm32_imm8, R::ECX, shift)?;
+    b.a.store(slot(Slot::Shadow), POINTER)?;
+    b.shadowed.push(site.k + 1);
+    Ok(Done::Next)
+}
+
+/// Puts the shadow of the last STI into the state. Leaves the flags alone.
+pub(crate) fn cast_shadow(a: &mut Asm) -> Result<(), IcedError> {
+    let events = offset_of!(CpuState, events) + offset_of!(Events, shadow);
+    a.load(SCRATCH, slot(Slot::State))?;
+    a.load(POINTER, slot(Slot::Shadow))?;
+    a.emit(Code::Mov_rm8_r8, field(events), Register::CL)
+}
+
+/// An instruction that changes the privilege level.
+fn change(b: &mut Block, change: Change, site: Site) -> Result<Done, IcedError> {
+    b.flags.restore(&mut b.a)?;
+    if change == Change::Syscall {
+        relative(&mut b.a, Word::Quad, site.next)?;
+    }
+    let otherwise = b.a.address();
+    b.leave_from(&[otherwise], site);
+    let jump = b.a.jmp();
+    b.outward.push((jump, Stub::Change(change)));
+    Ok(Done::Ends)
 }
 
 /// The status flags are the host's, the rest the state's. VM and RF are pushed as 0.

@@ -88,6 +88,8 @@ pub(crate) struct Block {
     pub word: Word,
     /// CPL 0.
     pub supervisor: bool,
+    /// CPL 3.
+    pub user: bool,
     /// It needs the x87 state loaded. Then it is never resumed, because only entry points load that.
     pub x87: bool,
     /// How its instructions are renamed, those that have a plan.
@@ -109,6 +111,8 @@ pub(crate) struct Block {
     pub counted: usize,
     /// See [`Manner::by_count`].
     pub by_count: bool,
+    /// Instructions, by index, that are behind an STI.
+    pub shadowed: Vec<usize>,
 }
 
 /// How a block is to be translated.
@@ -181,6 +185,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         start: start as i64,
         word: insns.first().map_or(Word::Quad, Word::of),
         supervisor: manner.supervisor,
+        user: manner.user,
         x87: insns
             .iter()
             .any(|i| x87::belongs(&i.raw) && x87::executes(&i.raw)),
@@ -199,6 +204,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         fault_exit: None,
         counted: 0,
         by_count: manner.by_count,
+        shadowed: Vec::new(),
     };
     let level = extent::level(insns);
     // JRCXZ reaches only a short way; so these are in front of it.
@@ -345,7 +351,7 @@ impl Block {
             branch::emit(self, insn, site, later.is_empty())?
         };
         match done {
-            Done::Unsupported => system::emit(self, insn, site),
+            Done::Unsupported => system::emit(self, insn, site, later),
             done => Ok(done),
         }
     }

@@ -14,6 +14,7 @@
 use std::collections::{HashMap, HashSet};
 
 use anykvm_cpu::Cpu;
+use anykvm_cpu::mode::Mode;
 
 /// Entries of a table: one for each value of RIP's low 16 bits.
 const JUMPS: usize = 1 << 16;
@@ -42,6 +43,16 @@ struct When {
     epoch: u64,
 }
 
+impl When {
+    fn of(cpu: &Cpu, mode: Mode) -> Self {
+        Self {
+            mode: mode.bits_packed(),
+            flushes: cpu.code_flushes(),
+            epoch: cpu.code_epoch(),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct View {
     when: When,
@@ -64,6 +75,8 @@ struct View {
 pub struct Views {
     all: Vec<View>,
     current: usize,
+    /// Perhaps the one of the other privilege level.
+    other: usize,
     ids: u64,
 }
 
@@ -99,11 +112,7 @@ impl Views {
     }
     /// Makes the view that the processor has now current, and returns its number.
     pub fn select(&mut self, cpu: &Cpu) -> u64 {
-        let when = When {
-            mode: cpu.mode().bits_packed(),
-            flushes: cpu.code_flushes(),
-            epoch: cpu.code_epoch(),
-        };
+        let when = When::of(cpu, cpu.mode());
         let space = cpu.address_space();
         let is = |v: &View| v.when == when && v.space.is_none_or(|s| s == space);
         if !self.all.get(self.current).is_some_and(is) {
@@ -168,6 +177,18 @@ impl Views {
     pub fn number(&self) -> Option<u32> {
         let view = self.all.get(self.current)?;
         u32::try_from(view.id).ok()
+    }
+
+    /// The table and the number of the view that the processor has in another mode, if there is one.
+    pub fn in_mode(&mut self, cpu: &Cpu, mode: Mode) -> Option<(*const Jump, u32)> {
+        let when = When::of(cpu, mode);
+        let space = cpu.address_space();
+        let is = |v: &View| v.when == when && v.space.is_none_or(|s| s == space);
+        if !self.all.get(self.other).is_some_and(is) {
+            self.other = self.all.iter().position(is)?;
+        }
+        let view = self.all.get(self.other)?;
+        Some((view.jumps.as_ptr(), u32::try_from(view.id).ok()?))
     }
 
     /// Whether code of this host page has run at several linear addresses in the current view.

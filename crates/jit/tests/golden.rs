@@ -92,6 +92,11 @@ const SEQUENCES: &[(&str, Build)] = &[
     ("thread-local", |a| a.mov(rax, qword_ptr(0x28).fs())),
     ("rip-relative", |a| a.mov(eax, dword_ptr(CODE + 0x100))),
     ("system-call", |a| a.syscall()),
+    ("enable-interrupts", |a| {
+        a.sti()?;
+        a.mov(rax, qword_ptr(rbx))
+    }),
+    ("system-return", |a| a.sysretq()),
     ("interpreted", |a| a.cpuid()),
 ];
 

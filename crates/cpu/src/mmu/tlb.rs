@@ -307,12 +307,20 @@ impl Tlb {
     }
     /// Address of the level-1 entries that the running code's accesses use.
     pub fn level1(&self) -> u64 {
-        self.l1[self.set as usize].as_ptr() as u64
+        self.level1_of(self.set)
+    }
+    /// Address of a set's level-1 entries.
+    pub fn level1_of(&self, set: Set) -> u64 {
+        self.l1[set as usize].as_ptr() as u64
     }
     /// Address of the entries behind level 1 that the running code's accesses use, and what their counts
     /// must be.
     pub fn behind_level1(&mut self) -> (u64, u64) {
-        (self.ready.address(self.set as usize), self.ready.counts())
+        (self.behind_level1_of(self.set), self.ready.counts())
+    }
+    /// Address of a set's entries behind level 1.
+    pub fn behind_level1_of(&mut self, set: Set) -> u64 {
+        self.ready.address(set as usize)
     }
     /// How often entries of level 1 were dropped for what has happened, not to make room.
     pub fn drops(&self) -> u64 {

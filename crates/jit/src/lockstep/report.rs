@@ -62,7 +62,7 @@ pub(super) fn write(
     let interpreted = cpu.state.clone();
     again(lockstep, jit, cpu, kept);
     let found = search(lockstep, jit, cpu, start);
-    cpu.state = before.clone();
+    cpu.put_state(before.clone());
     lockstep.copies.undo(cpu);
     let mut text = String::from("translated code differs from the interpreter\n");
     match &found {
@@ -108,7 +108,7 @@ pub(super) fn write(
 
 /// The state and memory before the stretch again.
 fn again(lockstep: &Lockstep, jit: &mut Jit, cpu: &mut Cpu, kept: &Kept) {
-    cpu.state = lockstep.copies.state().clone();
+    cpu.put_state(lockstep.copies.state().clone());
     lockstep.copies.undo(cpu);
     kept.put_back(jit);
 }
@@ -133,11 +133,11 @@ fn search(lockstep: &mut Lockstep, jit: &mut Jit, cpu: &mut Cpu, start: Start) -
     for _ in 0..PIECES {
         let run = lockstep.run(jit, cpu, start, 1)?;
         if run.difference.is_some() {
-            cpu.state = lockstep.copies.state().clone();
+            cpu.put_state(lockstep.copies.state().clone());
             lockstep.copies.undo(cpu);
             let mut trace = Vec::new();
             record(cpu, run.done, &mut trace);
-            cpu.state = lockstep.copies.state().clone();
+            cpu.put_state(lockstep.copies.state().clone());
             lockstep.copies.undo(cpu);
             return in_piece(lockstep, jit, cpu, &trace);
         }
@@ -171,7 +171,7 @@ fn in_piece(
             let last = &rest[count - 1];
             let start = jit.by_itself(cpu, &insns)?;
             let piece = lockstep.run(jit, cpu, start, super::LIMIT)?;
-            cpu.state = lockstep.copies.state().clone();
+            cpu.put_state(lockstep.copies.state().clone());
             lockstep.copies.undo(cpu);
             if let Some(what) = piece.difference {
                 return Some(Culprit {
