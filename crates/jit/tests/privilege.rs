@@ -7,6 +7,7 @@ use anykvm_cpu::events::SHADOW_STI;
 use anykvm_cpu::requests::EVENT;
 use anykvm_cpu::state::{efer, rflags, seg};
 use anykvm_cpu::{CpuState, Exit};
+use anykvm_jit::Options;
 use harness::Computer;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -448,5 +449,31 @@ fn what_arrives_while_interrupts_are_off() {
         let [one, two] = [false, true].map(run);
         assert_eq!(one.frame(), two.frame());
         same_state(&one.cpu.state, &two.cpu.state, "arrived");
+    }
+}
+
+/// Stopped behind any number of instructions, the state is the interpreter's, its shadow included.
+#[test]
+fn stopped_anywhere() {
+    const BY_COUNT: Options = Options {
+        by_count: true,
+        ..ALWAYS
+    };
+    let programs: [&dyn Fn() -> Computer; 3] = [&calls, &|| enabled(|a| a.adc(rsi, rdi)), &|| {
+        let mut c = enabled(|a| a.mov(qword_ptr(rbx), rsi));
+        *c.ports.interrupt.lock().unwrap() = Some(0x40);
+        c.catch_events();
+        c
+    }];
+    for (n, make) in programs.into_iter().enumerate() {
+        let mut interpreted = make();
+        for turns in 1..=[150, 9, 6][n] {
+            assert_eq!(interpreted.cpu.run_counted(1), Exit::Budget);
+            let mut translated = make();
+            translate(&mut translated, BY_COUNT);
+            assert_eq!(translated.cpu.run_counted(turns), Exit::Budget);
+            let what = format!("{n}, {turns}");
+            same_state(&interpreted.cpu.state, &translated.cpu.state, &what);
+        }
     }
 }
