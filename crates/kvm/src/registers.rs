@@ -219,8 +219,6 @@ fn valid_cr0(v: u64) -> bool {
         && !(v & cr0::PG != 0 && v & cr0::PE == 0)
 }
 
-const EFER_KNOWN: u64 = efer::SCE | efer::LME | efer::LMA | efer::NX | efer::FFXSR;
-
 /// Whether SREGS are a state the processor can be in (`kvm_is_valid_sregs`).
 pub(crate) fn check_sregs(r: &kvm_sregs2, cpuid: &GuestCpuid) -> Result<()> {
     let long = r.efer & efer::LME != 0 && r.cr0 & cr0::PG != 0;
@@ -233,7 +231,7 @@ pub(crate) fn check_sregs(r: &kvm_sregs2, cpuid: &GuestCpuid) -> Result<()> {
     if modes
         && valid_cr0(r.cr0)
         && r.cr4 & cpuid.table().cr4_reserved() == 0
-        && r.efer & !EFER_KNOWN == 0
+        && r.efer & !efer::IMPLEMENTED == 0
     {
         Ok(())
     } else {

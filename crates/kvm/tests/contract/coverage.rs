@@ -131,6 +131,7 @@ const BODIES: &[fn()] = &[
     vcpu_registers::reset_values,
     vcpu_registers::general_registers,
     vcpu_registers::system_registers,
+    vcpu_registers::every_bit_of_efer_is_restored,
     vcpu_registers::inconsistent_system_registers_change_nothing,
     vcpu_registers::sregs2_carry_page_directory_pointers,
     vcpu_registers::debug_registers,

@@ -10,6 +10,7 @@ const CR0_PE: u64 = 1;
 const CR0_NW: u64 = 1 << 29;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
+const MSR_EFER: u32 = 0xc000_0080;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 
@@ -102,6 +103,29 @@ pub fn system_registers() {
     assert_eq!(v.get::<kvm_sregs>(KVM_GET_SREGS), s);
     let two: kvm_sregs2 = v.get(KVM_GET_SREGS2);
     assert_eq!((two.cr3, two.flags), (0x1000, 0));
+}
+
+#[test]
+pub fn every_bit_of_efer_is_restored() {
+    let v = VcpuFixture::new();
+    let mut restored = 0;
+    for efer in (0..64).map(|bit| 1 << bit).filter(|&bit| bit != EFER_LMA) {
+        let msr = kvm_msr_entry {
+            index: MSR_EFER,
+            data: efer,
+            ..Default::default()
+        };
+        if v.list(KVM_SET_MSRS, &[msr]).0 != Ok(1) {
+            continue;
+        }
+        let s: kvm_sregs = v.get(KVM_GET_SREGS);
+        assert_eq!(s.efer, efer);
+        assert_eq!(v.set(KVM_SET_SREGS, &kvm_sregs { efer: 0, ..s }), Ok(0));
+        assert_eq!(v.set(KVM_SET_SREGS, &s), Ok(0), "EFER {efer:#x}");
+        assert_eq!(v.get::<kvm_sregs>(KVM_GET_SREGS).efer, efer);
+        restored += 1;
+    }
+    assert!(restored > 2, "IA32_EFER can hardly be written");
 }
 
 #[test]
