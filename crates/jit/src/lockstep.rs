@@ -40,8 +40,8 @@ use difference::Undefined;
 const LIMIT: u64 = 1000;
 /// So many differences that did not come again are shown.
 const TOLD: u64 = 10;
-/// Times round the loop of one turn, where others wait for theirs.
-const TURN: u32 = 128;
+/// Times round the loop of one turn, at least, where others wait for theirs.
+const SHORTEST_TURN: u32 = 64;
 /// How often a difference must come.
 const ATTEMPTS: u32 = 3;
 
@@ -51,8 +51,33 @@ pub(crate) struct Lockstep {
     copies: Copies,
     /// Pieces of memory that somebody else may have written: host page, offset, byte.
     foreign: Vec<copies::Foreign>,
-    /// Times round the loop of this turn.
-    rounds: u32,
+    turn: TurnLength,
+}
+
+/// How long turns are. No two are alike: a loop that takes a lock and gives it back may go round in a number of
+/// blocks that divides a fixed length, and then every turn would end while it has the lock.
+#[derive(Default)]
+struct TurnLength {
+    /// Times round the loop that are left of this turn.
+    left: u32,
+    random: u64,
+}
+
+impl TurnLength {
+    /// Counts one time round the loop: whether the turn is over.
+    fn is_over(&mut self) -> bool {
+        if self.left > 0 {
+            self.left -= 1;
+            return false;
+        }
+        // Knuth's MMIX; the upper bits are the good ones.
+        self.random = self
+            .random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        self.left = SHORTEST_TURN + (self.random >> 57) as u32;
+        true
+    }
 }
 
 /// Where translated code is entered.
@@ -127,12 +152,7 @@ impl Kept {
 impl Lockstep {
     /// Called each time round the loop: whether another processor may have its turn.
     pub fn turn_is_over(&mut self) -> bool {
-        self.rounds += 1;
-        let over = self.rounds >= TURN;
-        if over {
-            self.rounds = 0;
-        }
-        over
+        self.turn.is_over()
     }
 
     /// Runs translated code as [`Jit::enter`] does, and compares. False if it must not be entered.

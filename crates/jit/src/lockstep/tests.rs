@@ -243,3 +243,16 @@ fn a_wrong_instruction_of_32_bit_code_is_found() {
         replace(code, &[0x0f, 0xc8], &[0x0f, 0xcb]);
     });
 }
+
+/// A loop of any number of blocks is left at each of them before long.
+#[test]
+fn turns_end_anywhere_in_a_loop() {
+    for length in 1..=256_usize {
+        let mut turn = super::TurnLength::default();
+        let mut ended = vec![false; length];
+        for round in 0..length * 2000 {
+            ended[round % length] |= turn.is_over();
+        }
+        assert!(ended.iter().all(|&ended| ended), "{length}");
+    }
+}
