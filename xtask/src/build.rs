@@ -28,6 +28,18 @@ pub fn release(packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Builds the monitor of `tests/monitor`; the path of the command.
+pub fn monitor() -> Result<PathBuf> {
+    let status = cargo()
+        .args(["build", "--quiet", "--package", "anykvm-monitor"])
+        .status()
+        .context("cannot start cargo")?;
+    if !status.success() {
+        bail!("the build failed");
+    }
+    Ok(target().join("debug/monitor"))
+}
+
 /// Has the test of the pages that are made from the code write them.
 pub fn docs() -> Result<ExitCode> {
     written_by_a_test(

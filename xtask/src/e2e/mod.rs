@@ -13,6 +13,7 @@ mod linux;
 mod machine;
 mod migrate;
 mod models;
+mod monitor;
 mod qemu;
 mod stress;
 
@@ -146,6 +147,7 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     tests.extend(models::tests());
     tests.extend(stress::tests());
     tests.extend(migrate::tests());
+    tests.extend(monitor::tests());
     tests.push(Test {
         name: "contract-shim".to_owned(),
         cpus: 2,
