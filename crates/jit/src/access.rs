@@ -58,6 +58,17 @@ pub(crate) struct Refill {
     otherwise: usize,
 }
 
+impl Checked {
+    /// One whose addend is in RCX.
+    pub fn alone(address: &Address, exit: usize) -> Self {
+        Self {
+            address: *address,
+            addend: None,
+            exit,
+        }
+    }
+}
+
 impl Block {
     /// What misses a check is looked up behind level 1; what is not there either goes to an exit.
     pub fn refill_or(&mut self, misses: Misses, usage: Use, otherwise: usize) {
@@ -117,12 +128,7 @@ impl Block {
         aligned: bool,
         site: Site,
     ) -> Result<Checked, IcedError> {
-        let bytes = Bytes {
-            from: 0,
-            count: size,
-            usage,
-            align: if aligned { size as i64 } else { 1 },
-        };
+        let bytes = Bytes::of_access(size, usage, aligned);
         match self.sharing.find(site.k) {
             Some((member, group)) if member.is(address, size) => {
                 let group = group.clone();
@@ -144,14 +150,22 @@ impl Block {
         site: Site,
     ) -> Result<Checked, IcedError> {
         self.flags.release_by_scratch(&mut self.a)?;
-        let misses = memory::check(&mut self.a, address, bytes)?;
         let exit = self.leave_from(&[], site);
+        self.check_at(address, bytes, exit)?;
+        Ok(Checked::alone(address, exit))
+    }
+
+    /// Emits a check at level 1 of the TLB that leads to this exit. Destroys the flags, RCX and R15; leaves the
+    /// addend in RCX.
+    pub fn check_at(
+        &mut self,
+        address: &Address,
+        bytes: &Bytes,
+        exit: usize,
+    ) -> Result<(), IcedError> {
+        let misses = memory::check(&mut self.a, address, bytes)?;
         self.refill_or(misses, bytes.usage, exit);
-        Ok(Checked {
-            address: *address,
-            addend: None,
-            exit,
-        })
+        Ok(())
     }
 
     /// A check for one access, by a window in a loop.
@@ -167,11 +181,7 @@ impl Block {
         self.flags.release_by_scratch(&mut self.a)?;
         let exit = self.leave_from(&[], site);
         self.check_window(address, bytes, window, exit)?;
-        Ok(Checked {
-            address: *address,
-            addend: None,
-            exit,
-        })
+        Ok(Checked::alone(address, exit))
     }
 
     /// The check of a group in front of its first access, nothing at the others.

@@ -15,12 +15,14 @@ extern crate self as anykvm_jit;
 
 mod access;
 mod asm;
+mod bits;
 mod branch;
 mod budget;
 mod by_count;
 mod cache;
 mod divide;
 mod encode;
+mod exchange;
 pub mod exits;
 mod extent;
 mod flags;

@@ -104,6 +104,29 @@ impl Address {
         }
     }
 
+    /// A linear address that is in memory.
+    pub fn linear(place: Slot) -> Self {
+        Self {
+            base: Part::Memory(place),
+            index: Part::None,
+            scale: 1,
+            displacement: 0,
+            narrow: false,
+            segment: None,
+            legacy: false,
+        }
+    }
+
+    /// The effective address has 32 bits.
+    pub fn is_narrow(&self) -> bool {
+        self.narrow
+    }
+
+    /// FS or GS.
+    pub fn has_segment(&self) -> bool {
+        self.segment.is_some()
+    }
+
     /// The offset in the segment, as an address.
     pub fn offset(&self) -> Self {
         Self {
@@ -213,6 +236,18 @@ pub struct Bytes {
     pub usage: Use,
     /// The first one's address is a multiple of this power of two.
     pub align: i64,
+}
+
+impl Bytes {
+    /// Those of one access. `aligned`: its address is a multiple of its size.
+    pub fn of_access(size: usize, usage: Use, aligned: bool) -> Self {
+        Self {
+            from: 0,
+            count: size,
+            usage,
+            align: if aligned { size as i64 } else { 1 },
+        }
+    }
 }
 
 /// Emits a test whether R15 is a multiple of `align`; returns the branch that is taken if not.

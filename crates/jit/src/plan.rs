@@ -7,6 +7,7 @@ use iced_x86::{
 };
 
 use crate::asm::{at, slot};
+use crate::bits::BitOffset;
 use crate::memory::{Address, Use};
 use crate::regs::{Home, POINTER, SCRATCH, bit, home, is_high_byte, sized};
 use crate::shared::Slot;
@@ -17,6 +18,8 @@ use crate::translate::{Block, Site};
 pub(crate) struct Spill {
     pub slot: Slot,
     pub scratch: Register,
+    /// The instruction needs its value.
+    pub read: bool,
     pub written: bool,
 }
 
@@ -26,6 +29,8 @@ pub(crate) struct Plan {
     pub insn: Instruction,
     /// The memory operand: address, use, bytes.
     pub memory: Option<(Address, Use, usize)>,
+    /// The memory operand is the beginning of a bit string.
+    pub bits: Option<BitOffset>,
     /// What LEA's address needs.
     pub lea: Option<Lea>,
     /// A register in memory among the operands.
@@ -67,6 +72,7 @@ impl Plan {
         let mut plan = Self {
             insn: *raw,
             memory: None,
+            bits: None,
             lea: None,
             spilled: None,
             second: None,
@@ -79,6 +85,7 @@ impl Plan {
             plan.rename_lea(insn, site)?;
         } else if raw.op_kinds().any(|k| k == OpKind::Memory) {
             plan.memory = Some(Self::access(insn, site, info.used_memory())?);
+            plan.bits = BitOffset::of(raw);
         }
         for i in 0..raw.op_count() {
             let access = info.op_access(i);
@@ -147,13 +154,11 @@ impl Plan {
         if !address.is_plain() {
             return None;
         }
-        // A bit offset in a register reaches beyond the operand.
-        let bit_string = matches!(
-            raw.mnemonic(),
-            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
-        ) && raw.op1_kind() == OpKind::Register;
+        // The bit offset is added before the segment's base, which is not what the host does if the sum of
+        // the two wraps around.
+        let wraps = address.is_narrow() && address.has_segment() && BitOffset::of(raw).is_some();
         let size = used.memory_size().size();
-        if bit_string || !(1..=64).contains(&size) {
+        if wraps || !(1..=64).contains(&size) {
             return None;
         }
         let atomic = insn.lock() || raw.mnemonic() == Mnemonic::Xchg;
@@ -190,9 +195,11 @@ impl Plan {
             return Some(());
         }
         let writes = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None);
+        // A write of 32 bits replaces all 64.
+        let replaced = access == OpAccess::Write && r.size() >= 4 && replaces(&self.insn);
         let renamed = match home(r.full_register().number()) {
             Home::Host(h) => sized(h, r),
-            Home::Spilled(slot) => sized(self.spill(slot, writes)?, r),
+            Home::Spilled(slot) => sized(self.spill(slot, !replaced, writes)?, r),
         };
         if i == 0 {
             self.insn.set_op0_register(renamed);
@@ -202,17 +209,20 @@ impl Plan {
         Some(())
     }
 
-    fn spill(&mut self, slot: Slot, written: bool) -> Option<Register> {
+    fn spill(&mut self, slot: Slot, read: bool, written: bool) -> Option<Register> {
         for s in [&mut self.spilled, &mut self.second].into_iter().flatten() {
             if s.slot == slot {
+                s.read |= read;
                 s.written |= written;
                 return Some(s.scratch);
             }
         }
-        if self.spilled.is_none() && !self.lea_uses(SCRATCH) {
+        // A part of LEA's address may be in the register that gets the result.
+        if self.spilled.is_none() && !(read && self.lea_uses(SCRATCH)) {
             self.spilled = Some(Spill {
                 slot,
                 scratch: SCRATCH,
+                read,
                 written,
             });
             return Some(SCRATCH);
@@ -224,6 +234,7 @@ impl Plan {
         self.second = Some(Spill {
             slot,
             scratch: POINTER,
+            read,
             written,
         });
         Some(POINTER)
@@ -301,6 +312,15 @@ fn is_shift(m: Mnemonic) -> bool {
     matches!(
         m,
         M::Shl | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    )
+}
+
+/// Whether the instruction writes its first operand whatever that was.
+fn replaces(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Lea
     )
 }
 

@@ -159,7 +159,8 @@ impl Access {
             }
             C::Div_rm32 | C::Idiv_rm32 if memory => Self::operand(insn, site, 4, Use::Read, false),
             _ => {
-                let (_, usage, size) = plan?.memory?;
+                let plan = plan.filter(|p| p.bits.is_none())?;
+                let (_, usage, size) = plan.memory?;
                 let aligned = must_be_aligned(raw, size, usage);
                 Self::operand(insn, site, size, usage, aligned)
             }
@@ -319,7 +320,10 @@ impl Registers {
 /// Whether an instruction without a level is translated, too.
 fn is_known(raw: &Instruction) -> bool {
     use Mnemonic as M;
-    matches!(raw.mnemonic(), M::Div | M::Idiv | M::Nop | M::Endbr64)
+    matches!(
+        raw.mnemonic(),
+        M::Div | M::Idiv | M::Cmpxchg8b | M::Cmpxchg16b | M::Nop | M::Endbr64
+    )
 }
 
 impl Sharing {

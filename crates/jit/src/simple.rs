@@ -5,13 +5,14 @@ use iced_x86::{IcedError, Instruction, InstructionInfoFactory, Mnemonic, OpKind,
 
 use crate::asm::slot;
 use crate::flags::{Flags, recipe, wants_operand};
+use crate::memory::Bytes;
 use crate::plan::{Plan, set_memory};
 use crate::regs::{GUEST_RCX, POINTER};
 use crate::shared::Slot;
 use crate::sharing::must_be_aligned;
 use crate::translate::{Block, Done, Site};
 use crate::vectors::Level;
-use crate::{divide, stack, strings, x87};
+use crate::{divide, exchange, stack, strings, x87};
 
 pub(crate) const STATUS: u32 = RflagsBits::OF
     | RflagsBits::SF
@@ -32,6 +33,7 @@ pub(crate) fn emit(
         M::Push => stack::push(b, insn, site),
         M::Pop => stack::pop(b, insn, site),
         M::Leave => stack::leave(b, insn, site),
+        M::Cmpxchg8b | M::Cmpxchg16b => exchange::emit(b, insn, site),
         M::Div | M::Idiv => divide::emit(b, insn, site),
         M::Movsb | M::Movsw | M::Movsd | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq
             if insn.raw.is_string_instruction() =>
@@ -212,7 +214,13 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
     let mut checked = None;
     if let Some((address, usage, size)) = &plan.memory {
         let aligned = must_be_aligned(raw, *size, *usage);
-        checked = Some(b.check_aligned(address, *size, *usage, aligned, site)?);
+        checked = Some(match plan.bits {
+            Some(offset) => {
+                let bytes = Bytes::of_access(*size, *usage, aligned);
+                b.check_bit_string(address, offset, &bytes, site)?
+            }
+            None => b.check_aligned(address, *size, *usage, aligned, site)?,
+        });
     }
     let reads_flags = raw.rflags_read() & STATUS != 0;
     let changes_flags = raw.rflags_modified() & STATUS != 0;
@@ -234,7 +242,7 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
     if plan.count_in_cl {
         b.a.mov(POINTER, GUEST_RCX)?;
     }
-    for s in plan.spills() {
+    for s in plan.spills().filter(|s| s.read) {
         b.a.load(s.scratch, slot(s.slot))?;
     }
     let kept =
