@@ -5,12 +5,17 @@
 //! bytes are in one page with the rights that the most demanding access needs, one check in front of
 //! the first access is good for all. It says nothing about faults: where it fails, the code goes on in
 //! another translation that checks each access by itself.
+//!
+//! In 32-bit code everything is modulo 2^32. Where a group is checked, its lowest byte is computed from the
+//! address of the first access without wrapping around; if that is not below 2^32 or not above 0, it is not in
+//! the page of the others, and the check fails.
 
 use anykvm_cpu::Insn;
 use anykvm_cpu::decode::SEG_CHECKED;
 use anykvm_cpu::state::{reg, seg};
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind};
 
+use crate::legacy::Word;
 use crate::memory::{Address, Use};
 use crate::plan::Plan;
 use crate::simple;
@@ -114,14 +119,15 @@ struct Access {
 }
 
 impl Access {
-    fn stack(base: u8, displacement: i64, usage: Use) -> Self {
+    /// That of an entry of the stack.
+    fn stack(word: Word, base: u8, displacement: i64, usage: Use) -> Self {
         Self {
             base,
             index: reg::ZERO,
             scale: 0,
             segment: seg::SS,
             displacement,
-            size: 8,
+            size: word.bytes(),
             usage,
             aligned: false,
         }
@@ -129,13 +135,19 @@ impl Access {
 
     fn operand(insn: &Insn, site: Site, size: usize, usage: Use, aligned: bool) -> Option<Self> {
         let next = if insn.base == reg::RIP { site.next } else { 0 };
-        let usual = insn.seg & SEG_CHECKED == 0 && insn.addr_mask == u64::MAX;
+        let (mask, displacement) = match Word::of(insn) {
+            Word::Quad => (u64::MAX, insn.disp as i64 + next),
+            Word::Double => (0xffff_ffff, i64::from(insn.disp as i32)),
+        };
+        // In 32-bit code FS and GS have tags of their own, which windows know nothing of.
+        let own_tag = Word::of(insn) == Word::Double && matches!(insn.seg, seg::FS | seg::GS);
+        let usual = insn.seg & SEG_CHECKED == 0 && insn.addr_mask == mask && !own_tag;
         usual.then_some(Self {
             base: insn.base,
             index: insn.index,
             scale: insn.scale,
             segment: insn.seg,
-            displacement: insn.disp as i64 + next,
+            displacement,
             size: size as i64,
             usage,
             aligned,
@@ -146,18 +158,23 @@ impl Access {
     fn of(insn: &Insn, site: Site, plan: Option<&Plan>) -> Option<Self> {
         use Code as C;
         let raw = &insn.raw;
+        let word = Word::of(insn);
         let memory = raw.op0_kind() == OpKind::Memory;
+        let pushed = || Some(Self::stack(word, reg::RSP, -word.bytes(), Use::Write));
         match raw.code() {
-            C::Push_r64 | C::Pushq_imm8 | C::Pushq_imm32 | C::Call_rel32_64 => {
-                Some(Self::stack(reg::RSP, -8, Use::Write))
+            C::Push_r64 | C::Pushq_imm8 | C::Pushq_imm32 | C::Call_rel32_64 => pushed(),
+            C::Push_r32 | C::Pushd_imm8 | C::Pushd_imm32 | C::Call_rel32_32 => pushed(),
+            C::Call_rm64 | C::Call_rm32 if !memory => pushed(),
+            C::Pop_r64 | C::Retnq | C::Retnq_imm16 | C::Pop_r32 | C::Retnd | C::Retnd_imm16 => {
+                Some(Self::stack(word, reg::RSP, 0, Use::Read))
             }
-            C::Call_rm64 if !memory => Some(Self::stack(reg::RSP, -8, Use::Write)),
-            C::Pop_r64 | C::Retnq | C::Retnq_imm16 => Some(Self::stack(reg::RSP, 0, Use::Read)),
-            C::Leaveq => Some(Self::stack(reg::RBP, 0, Use::Read)),
+            C::Leaveq | C::Leaved => Some(Self::stack(word, reg::RBP, 0, Use::Read)),
             C::Jmp_rm64 | C::Div_rm64 | C::Idiv_rm64 if memory => {
                 Self::operand(insn, site, 8, Use::Read, false)
             }
-            C::Div_rm32 | C::Idiv_rm32 if memory => Self::operand(insn, site, 4, Use::Read, false),
+            C::Jmp_rm32 | C::Div_rm32 | C::Idiv_rm32 if memory => {
+                Self::operand(insn, site, 4, Use::Read, false)
+            }
             _ => {
                 let plan = plan.filter(|p| p.bits.is_none())?;
                 let (_, usage, size) = plan.memory?;
@@ -253,6 +270,12 @@ impl Registers {
         *v = v.wrapping_add(by);
     }
 
+    /// A register becomes what operand 1 is.
+    fn copy(&mut self, n: usize, raw: &Instruction) {
+        let from = raw.op1_register().full_register().number();
+        self.values[n] = self.values[from & 15];
+    }
+
     /// What an instruction does to the registers.
     fn step(
         &mut self,
@@ -264,16 +287,23 @@ impl Registers {
         use Code as C;
         let raw = &insn.raw;
         let rsp = usize::from(reg::RSP);
+        let word = Word::of(insn);
+        let double = word == Word::Double;
         let register = raw.op0_kind() == OpKind::Register;
         let n = raw.op0_register().full_register().number() & 15;
+        let copies = register && raw.op1_kind() == OpKind::Register;
         match raw.code() {
-            C::Mov_r64_rm64 | C::Mov_rm64_r64 if register && raw.op1_kind() == OpKind::Register => {
-                self.values[n] = self.values[raw.op1_register().number() & 15];
-            }
+            C::Mov_r64_rm64 | C::Mov_rm64_r64 if copies => self.copy(n, raw),
+            C::Mov_r32_rm32 | C::Mov_rm32_r32 if double && copies => self.copy(n, raw),
             C::Lea_r64_m if insn.index == reg::ZERO && insn.addr_mask == u64::MAX => {
                 let (symbol, offset) = self.value(insn.base);
                 let next = if insn.base == reg::RIP { site.next } else { 0 };
                 self.values[n] = (symbol, offset.wrapping_add(insn.disp as i64 + next));
+            }
+            C::Lea_r32_m if double && insn.index == reg::ZERO && insn.addr_mask == 0xffff_ffff => {
+                let (symbol, offset) = self.value(insn.base);
+                let by = i64::from(insn.disp as i32);
+                self.values[n] = (symbol, offset.wrapping_add(by));
             }
             C::Add_rm64_imm8 | C::Add_rm64_imm32 | C::Add_RAX_imm32 if register => {
                 self.add(n, insn.imm as i64);
@@ -281,16 +311,25 @@ impl Registers {
             C::Sub_rm64_imm8 | C::Sub_rm64_imm32 | C::Sub_RAX_imm32 if register => {
                 self.add(n, (insn.imm as i64).wrapping_neg());
             }
+            C::Add_rm32_imm8 | C::Add_rm32_imm32 | C::Add_EAX_imm32 if double && register => {
+                self.add(n, i64::from(insn.imm as i32));
+            }
+            C::Sub_rm32_imm8 | C::Sub_rm32_imm32 | C::Sub_EAX_imm32 if double && register => {
+                self.add(n, -i64::from(insn.imm as i32));
+            }
             C::Inc_rm64 if register => self.add(n, 1),
             C::Dec_rm64 if register => self.add(n, -1),
-            C::Push_r64 | C::Pushq_imm8 | C::Pushq_imm32 => self.add(rsp, -8),
-            C::Pop_r64 => {
-                self.add(rsp, 8);
+            C::Inc_rm32 | C::Inc_r32 if double && register => self.add(n, 1),
+            C::Dec_rm32 | C::Dec_r32 if double && register => self.add(n, -1),
+            C::Push_r64 | C::Pushq_imm8 | C::Pushq_imm32 | C::Push_rm64 => self.add(rsp, -8),
+            C::Push_r32 | C::Pushd_imm8 | C::Pushd_imm32 | C::Push_rm32 => self.add(rsp, -4),
+            C::Pop_r64 | C::Pop_r32 => {
+                self.add(rsp, word.bytes());
                 self.forget(n);
             }
-            C::Leaveq => {
+            C::Leaveq | C::Leaved => {
                 let (symbol, offset) = self.values[usize::from(reg::RBP)];
-                self.values[rsp] = (symbol, offset.wrapping_add(8));
+                self.values[rsp] = (symbol, offset.wrapping_add(word.bytes()));
                 self.forget(reg::RBP.into());
             }
             _ if plan.is_some() => {

@@ -283,3 +283,95 @@ fn segments_that_must_be_checked() {
         assert_eq!(c.frame()[1], CODE + 6, "RIP");
     }
 }
+
+/// Accesses that could share a check, at the beginning and the end of the address space and over both.
+#[test]
+fn shared_checks_wrap_around() {
+    let program = |at: u32| {
+        assemble_bits(32, CODE, |a| {
+            let mut top = a.create_label();
+            a.mov(ecx, 40)?;
+            a.set_label(&mut top)?;
+            a.mov(ebx, at)?;
+            a.mov(eax, dword_ptr(ebx))?;
+            a.add(dword_ptr(ebx - 8), eax)?;
+            a.adc(eax, dword_ptr(ebx + 8))?;
+            a.lea(esi, ebx - 0x10)?;
+            a.xor(dword_ptr(esi), eax)?;
+            a.inc(esi)?;
+            a.sub(dword_ptr(esi + 0x20), ecx)?;
+            a.add(ebx, 0x18)?;
+            a.mov(edx, ebx)?;
+            a.rol(dword_ptr(edx), 3)?;
+            a.mov(edi, esp)?;
+            a.mov(esp, ebx)?;
+            a.push(eax)?;
+            a.push(dword_ptr(edx + 4))?;
+            a.pop(ebp)?;
+            a.pop(dx)?;
+            a.sub(esp, 4)?;
+            a.push(-5)?;
+            a.mov(esp, edi)?;
+            a.sub(ecx, 1)?;
+            a.jne(top)
+        })
+    };
+    let end = 0_u32.wrapping_sub(0x40);
+    for from in [0, end, 0xffff_ffe0, DATA as u32 + 0xfe0] {
+        for by in (0..0x40).step_by(3) {
+            let code = program(from.wrapping_add(by));
+            same_on(ALWAYS, || {
+                let mut c = protected(&code);
+                // Both ends of 4 GiB are the same 4 KiB behind the code.
+                c.put(DIRECTORY, &[0x03, 0x10, 0x11, 0]);
+                c.put(DIRECTORY + 0x3ff * 4, &[0x03, 0x10, 0x11, 0]);
+                for page in 0..0x200_u32 {
+                    let entry = page << 12 | 3;
+                    c.put(0x11_1000 + u64::from(page) * 4, &entry.to_le_bytes());
+                }
+                c.put(0x11_1000, &0x11_3003_u32.to_le_bytes());
+                c.put(0x11_1000 + 0x3ff * 4, &0x11_4003_u32.to_le_bytes());
+                c
+            });
+        }
+    }
+}
+
+/// Most accesses of such a loop are not checked by themselves: it is shorter than the same without sharing.
+#[test]
+fn accesses_share_a_check() {
+    use anykvm_cpu::decode::decode;
+    use anykvm_jit::translate::{Manner, translate};
+    let code = assemble_bits(32, CODE, |a| {
+        a.mov(eax, dword_ptr(ebx))?;
+        a.add(eax, dword_ptr(ebx + 4))?;
+        a.mov(dword_ptr(ebx + 8), eax)?;
+        a.push(eax)?;
+        a.push(edx)?;
+        a.pop(esi)?;
+        a.pop(edi)
+    });
+    let mode = compatibility(&code).cpu.mode();
+    let (mut insns, mut at) = (Vec::new(), 0);
+    while at < code.len() {
+        let insn = decode(&code[at..], mode).unwrap();
+        at += usize::from(insn.len);
+        insns.push(insn);
+    }
+    let size = |apart: bool| {
+        let manner = Manner {
+            first_exit: 0,
+            count: false,
+            same_each_time: false,
+            by_count: false,
+            executions: None,
+            apart,
+            supervisor: true,
+            windows: Default::default(),
+            user: false,
+            recipe: None,
+        };
+        translate(&insns, CODE % 4096, manner).unwrap().bytes.len()
+    };
+    assert!(size(false) * 3 < size(true) * 2, "nothing is shared");
+}
