@@ -14,6 +14,7 @@ use crate::mmu::tlb::{Set, layout};
 use crate::requests::Requests;
 use crate::state::rflags;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 /// A TLB entry's offset from [`Cpu::level1`] is `(linear address >> TLB_INDEX_SHIFT) &
 /// TLB_INDEX_MASK`.
@@ -255,6 +256,10 @@ impl Cpu {
     /// Changes whenever a store has hit code.
     pub fn code_epoch(&self) -> u64 {
         self.memory.pages().code_epoch()
+    }
+    /// Where [`Cpu::code_epoch`] is; good as long as the guest's memory.
+    pub fn code_epoch_counter(&self) -> *const AtomicU64 {
+        self.memory.pages().code_epoch_counter()
     }
     /// Whether what was found at a RIP may be found there again without a look at memory (paging is
     /// on, and the code segment has no limit).

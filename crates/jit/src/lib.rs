@@ -20,6 +20,7 @@ mod branch;
 mod budget;
 mod by_count;
 mod cache;
+mod control;
 mod divide;
 mod encode;
 mod exchange;

@@ -30,9 +30,9 @@ use iced_x86::{FlowControl, Instruction, Mnemonic};
 use crate::Jit;
 use crate::exits::Wish;
 use crate::sharing::GROUPS;
-use crate::system;
 use crate::translate;
 use crate::vectors::Level;
+use crate::{control, system};
 use copies::Copies;
 use difference::Undefined;
 
@@ -121,7 +121,11 @@ fn may_be_translated(insn: &Insn) -> bool {
         return false;
     }
     match raw.flow_control() {
-        FlowControl::Next => !raw.is_privileged() || system::executes(raw.code()),
+        FlowControl::Next => {
+            !raw.is_privileged()
+                || system::executes(raw.code())
+                || control::executes_privileged(raw)
+        }
         FlowControl::ConditionalBranch => true,
         FlowControl::UnconditionalBranch => raw.is_jmp_short_or_near(),
         FlowControl::IndirectBranch => raw.is_jmp_near_indirect(),

@@ -313,6 +313,7 @@ impl Jit {
         // 0 is no branch's.
         s.view = self.views.number().unwrap_or(0).into();
         s.state = &raw mut cpu.state;
+        s.offers.prepare(cpu, self.views.epoch());
         self.set_sides(cpu);
         let s = &mut *self.shared;
         // SAFETY: `enter` is the function `stubs` generated. It and the translation behind `entry` reach

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicU32;
 
 use anykvm_cpu::state::CpuState;
 
+use crate::control::Offers;
 use crate::privilege::Side;
 use crate::sharing::GROUPS;
 use crate::views::Jump;
@@ -82,6 +83,8 @@ pub struct Shared {
     pub windows: Windows,
     /// See [`crate::x87`].
     pub x87: X87,
+    /// See [`crate::control`].
+    pub offers: Offers,
 }
 
 /// Offsets in [`Shared`].

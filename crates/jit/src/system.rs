@@ -1,4 +1,4 @@
-//! System instructions of 64-bit code: CLI, STI, PUSHFQ, RDTSC, SWAPGS; and where SYSCALL and SYSRET begin
+//! System instructions of 64-bit code: CLI, STI, PUSHFQ, SWAPGS; and where SYSCALL and SYSRET begin
 //! ([`crate::syscall`]).
 //!
 //! The mode is part of what a translation is made for, so the privilege level need not be looked at.
@@ -15,7 +15,7 @@ use crate::asm::{Asm, at, slot};
 use crate::branch::relative;
 use crate::legacy::Word;
 use crate::memory::Use;
-use crate::regs::{GUEST_RSP, POINTER, SCRATCH, bit};
+use crate::regs::{GUEST_RSP, POINTER, SCRATCH};
 use crate::shared::Slot;
 use crate::stack;
 use crate::stubs::Stub;
@@ -31,13 +31,7 @@ fn field(offset: usize) -> MemoryOperand {
 pub(crate) fn executes(code: Code) -> bool {
     matches!(
         code,
-        Code::Cli
-            | Code::Pushfq
-            | Code::Rdtsc
-            | Code::Sti
-            | Code::Swapgs
-            | Code::Syscall
-            | Code::Sysretq
+        Code::Cli | Code::Pushfq | Code::Sti | Code::Swapgs | Code::Syscall | Code::Sysretq
     )
 }
 
@@ -61,7 +55,6 @@ pub(crate) fn emit(
     match code {
         Code::Cli => cli(b),
         Code::Pushfq => pushf(b, site),
-        Code::Rdtsc => rdtsc(b),
         Code::Sti => sti(b, site, later),
         Code::Sysretq => change(b, Change::Sysret, site),
         Code::Swapgs => swapgs(b),
@@ -151,34 +144,6 @@ fn pushf(b: &mut Block, site: Site) -> Result<Done, IcedError> {
     b.access(&checked);
     b.a.store(to, SCRATCH)?;
     stack::end_push(b, checked.exit)
-}
-
-/// The guest's counter is the host's times a ratio with 48 binary places, plus an offset; read when
-/// everything before it has been done, as [`anykvm_cpu::host_tsc`] does.
-fn rdtsc(b: &mut Block) -> Result<Done, IcedError> {
-    use Code as C;
-    use Register as R;
-    b.flags.restore(&mut b.a)?;
-    b.before_write(bit(R::RAX) | bit(R::RDX), None, false)?;
-    b.flags.release(&mut b.a)?;
-    b.a.load(SCRATCH, slot(Slot::State))?;
-    let ratio = field(offset_of!(CpuState, tsc_ratio));
-    let offset = field(offset_of!(CpuState, tsc_offset));
-    for insn in [
-        Instruction::with(C::Lfence),
-        Instruction::with(C::Rdtsc),
-        Instruction::with2(C::Shl_rm64_imm8, R::RDX, 32)?,
-        Instruction::with2(C::Or_r64_rm64, R::RAX, R::RDX)?,
-        Instruction::with1(C::Mul_rm64, ratio)?,
-        Instruction::with3(C::Shrd_rm64_r64_imm8, R::RAX, R::RDX, 48)?,
-        Instruction::with2(C::Add_r64_rm64, R::RAX, offset)?,
-        Instruction::with2(C::Mov_r64_rm64, R::RDX, R::RAX)?,
-        Instruction::with2(C::Shr_rm64_imm8, R::RDX, 32)?,
-        Instruction::with2(C::Mov_r32_rm32, R::EAX, R::EAX)?,
-    ] {
-        b.a.put(&insn)?;
-    }
-    Ok(Done::Next)
 }
 
 fn swapgs(b: &mut Block) -> Result<Done, IcedError> {

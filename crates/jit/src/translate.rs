@@ -12,6 +12,7 @@ use crate::access::{Probe, Refill};
 use crate::asm::{Asm, Constant, Hole, at, slot};
 use crate::branch::{self, Crossing};
 use crate::by_count;
+use crate::control;
 use crate::exits::{Exit, Exits, Wish};
 use crate::extent;
 use crate::flags::{Flags, Recipe};
@@ -345,6 +346,10 @@ impl Block {
 
     /// Emits an instruction.
     fn emit(&mut self, insn: &Insn, site: Site, later: &[Insn]) -> Result<Done, IcedError> {
+        let done = control::emit(self, insn, site)?;
+        if !matches!(done, Done::Unsupported) {
+            return Ok(done);
+        }
         let done = if insn.raw.flow_control() == FlowControl::Next && !insn.ends_block {
             simple::emit(self, insn, site, later)?
         } else {

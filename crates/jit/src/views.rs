@@ -191,6 +191,12 @@ impl Views {
         Some((view.jumps.as_ptr(), u32::try_from(view.id).ok()?))
     }
 
+    /// [`Cpu::code_epoch`] when the current view was chosen.
+    pub fn epoch(&self) -> u64 {
+        let view = self.all.get(self.current);
+        view.map_or(0, |v| v.when.epoch)
+    }
+
     /// Whether code of this host page has run at several linear addresses in the current view.
     pub fn is_several(&self, host: u64) -> bool {
         self.all

@@ -59,6 +59,7 @@ pub struct CpuidTable {
     efer_valid: u64,
     xcr0_supported: u64,
     smap: bool,
+    rdtscp: bool,
     invpcid: bool,
     la57: bool,
 }
@@ -112,6 +113,7 @@ impl CpuidTable {
             efer_valid: 0,
             xcr0_supported: 1,
             smap: false,
+            rdtscp: false,
             invpcid: false,
             la57: false,
         };
@@ -134,6 +136,7 @@ impl CpuidTable {
             .find(0xd, 0)
             .map_or(0, |e| u64::from(e.edx) << 32 | u64::from(e.eax));
         t.smap = t.has(feature::SMAP);
+        t.rdtscp = t.has(feature::RDTSCP);
         t.invpcid = t.has(feature::INVPCID);
         t.la57 = t.has(feature::LA57);
         t
@@ -188,6 +191,10 @@ impl CpuidTable {
     /// SMAP, and with it CLAC and STAC.
     pub fn has_smap(&self) -> bool {
         self.smap
+    }
+    /// RDTSCP.
+    pub fn has_rdtscp(&self) -> bool {
+        self.rdtscp
     }
     /// 57-bit linear addresses.
     pub fn has_la57(&self) -> bool {

@@ -130,4 +130,8 @@ impl HostPages {
     pub fn code_epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
     }
+    /// Where that is.
+    pub fn code_epoch_counter(&self) -> *const AtomicU64 {
+        &raw const self.epoch
+    }
 }

@@ -114,7 +114,7 @@ pub(crate) fn rdtsc(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
 
 /// RDTSCP.
 pub(crate) fn rdtscp(cpu: &mut Cpu, _insn: &Insn) -> Result<(), Stop> {
-    if !cpu.cpuid.has(feature::RDTSCP) {
+    if !cpu.cpuid.has_rdtscp() {
         return Err(cpu.ud());
     }
     check_tsc_allowed(cpu)?;
