@@ -1,5 +1,6 @@
 //! Instructions that read or change a little of the state beside the registers: CLD, STD, RDTSC, RDTSCP,
-//! SERIALIZE at any privilege level, and at CPL 0 MOV from control registers.
+//! SERIALIZE at any privilege level, and at CPL 0 MOV from control registers and CLAC where RFLAGS.AC is clear
+//! anyhow, as it most often is at the entries of a kernel.
 //!
 //! What the processor offers by CPUID may change while translations stay, so [`Offers`] says it at run time.
 
@@ -11,10 +12,13 @@ use anykvm_cpu::{Cpu, Insn};
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 
 use crate::asm::{at, shared, slot};
-use crate::legacy::Word;
+use crate::legacy::{Word, low_half};
 use crate::regs::{GUEST_RCX, Home, POINTER, SCRATCH, bit, home};
 use crate::shared::{Shared, Slot};
 use crate::translate::{Block, Done, Site};
+
+/// Condition number of JE.
+const EQUAL: u8 = 4;
 
 /// What such instructions ask when they are executed.
 #[derive(Debug)]
@@ -22,6 +26,8 @@ use crate::translate::{Block, Done, Site};
 pub struct Offers {
     /// Not zero if there is RDTSCP.
     rdtscp: u64,
+    /// Not zero if there is CLAC.
+    clac: u64,
     /// Where stores into code are counted.
     code_epoch: *const AtomicU64,
     /// How many there had been when the current view was chosen.
@@ -32,6 +38,7 @@ impl Offers {
     /// Translated code is about to be entered, in a view of this code epoch.
     pub fn prepare(&mut self, cpu: &Cpu, epoch_of_view: u64) {
         self.rdtscp = cpu.cpuid.has_rdtscp().into();
+        self.clac = cpu.cpuid.has_smap().into();
         self.code_epoch = cpu.code_epoch_counter();
         self.epoch_of_view = epoch_of_view;
     }
@@ -48,7 +55,7 @@ fn field(offset: usize) -> MemoryOperand {
 
 /// Whether it is a privileged one of these instructions.
 pub(crate) fn executes_privileged(raw: &Instruction) -> bool {
-    control_register(raw).is_some()
+    raw.code() == Code::Clac || control_register(raw).is_some()
 }
 
 /// The state's field that a MOV from a control register reads. CR8 is the local APIC's.
@@ -73,6 +80,7 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
         Code::Std => direction(b, true),
         Code::Rdtsc | Code::Rdtscp if b.word == Word::Quad => time(b, insn, site),
         Code::Serialize => serialize(b, site),
+        Code::Clac if b.supervisor => clear_access(b, site),
         Code::Mov_r64_cr if b.supervisor => match control_register(raw) {
             Some(offset) => move_from_control(b, offset, raw.op0_register()),
             None => Ok(Done::Unsupported),
@@ -124,7 +132,7 @@ fn time(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
         if auxiliary {
             let there = offer(offset_of!(Offers, rdtscp));
             b.a.emit(C::Cmp_rm64_imm8, there, 0)?;
-            let absent = b.a.jcc(4);
+            let absent = b.a.jcc(EQUAL);
             b.exits.lead(absent, exit);
         }
         if !b.supervisor {
@@ -161,8 +169,22 @@ fn time(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
     }
     if auxiliary {
         let aux = offset_of!(CpuState, msr) + offset_of!(Msrs, tsc_aux);
-        b.a.emit(C::Mov_r32_rm32, R::R10D, field(aux))?;
+        b.a.emit(C::Mov_r32_rm32, low_half(GUEST_RCX), field(aux))?;
     }
+    Ok(Done::Next)
+}
+
+/// CLAC. The interpreter's where it changes what may be accessed.
+fn clear_access(b: &mut Block, site: Site) -> Result<Done, IcedError> {
+    b.flags.release(&mut b.a)?;
+    let there = offer(offset_of!(Offers, clac));
+    b.a.emit(Code::Cmp_rm64_imm8, there, 0)?;
+    let absent = b.a.jcc(EQUAL);
+    b.a.load(SCRATCH, slot(Slot::State))?;
+    let flags = field(offset_of!(CpuState, rflags));
+    b.a.emit(Code::Test_rm32_imm32, flags, rflags::AC as u32)?;
+    let set = b.a.jne();
+    b.leave_from(&[absent, set], site);
     Ok(Done::Next)
 }
 
@@ -179,5 +201,3 @@ fn serialize(b: &mut Block, site: Site) -> Result<Done, IcedError> {
     b.leave_from(&[written], site);
     Ok(Done::Next)
 }
-
-const _: () = assert!(GUEST_RCX as u32 == Register::R10 as u32);

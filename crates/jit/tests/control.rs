@@ -175,6 +175,78 @@ fn what_other_levels_may_not_do() {
     assert_eq!(exception(without, |a| a.rdtscp())[0], AT);
 }
 
+/// CLAC where AC is clear and where it is set, and without SMAP.
+#[test]
+fn access_to_user_pages() {
+    let smap = |c: &mut Computer| {
+        c.cpu.cpuid = CpuidTable::new(vec![CpuidEntry {
+            function: 7,
+            ebx: 1 << 20,
+            ..CpuidEntry::default()
+        }]);
+        c.cpu.state.cr4 |= cr4::SMAP;
+        // The data are a user's, all else a supervisor's.
+        for page in (0..512).filter(|page| page >> 1 != DATA >> 13) {
+            c.put64(0x10_3000 + page * 8, page << 12 | 3);
+        }
+    };
+    let run = |faults: bool, build: fn(&mut CodeAssembler) -> Result<(), IcedError>| {
+        let code = assemble(build);
+        let [mut one, mut two] = [computer(&code), computer(&code)];
+        for c in [&mut one, &mut two] {
+            c.catch_events();
+            smap(c);
+            c.cpu.state_changed();
+        }
+        finish(&mut one);
+        translate(&mut two, ALWAYS);
+        finish(&mut two);
+        assert_eq!(two.reg(reg::RSP) >> 8 == 0x67, faults);
+        if faults {
+            assert_eq!(one.frame(), two.frame());
+        }
+        compare(&one, &two);
+        two
+    };
+    let c = run(false, |a| {
+        let mut top = a.create_label();
+        a.mov(ecx, 50)?;
+        a.set_label(&mut top)?;
+        a.add(eax, ebx)?;
+        a.clac()?;
+        a.adc(ebx, ecx)?;
+        a.sub(ecx, 1)?;
+        a.jne(top)
+    });
+    let left = c.cpu.translator_stats().unwrap().left;
+    assert!(left < 5, "{left} left to the interpreter");
+    run(false, |a| {
+        let mut top = a.create_label();
+        a.mov(ecx, 50)?;
+        a.set_label(&mut top)?;
+        a.stac()?;
+        a.mov(eax, dword_ptr(DATA))?;
+        a.add(dword_ptr(DATA + 8), eax)?;
+        a.clac()?;
+        a.clac()?;
+        a.sub(ecx, 1)?;
+        a.jne(top)
+    });
+    // What was allowed between the two is not any more behind them.
+    run(true, |a| {
+        let mut top = a.create_label();
+        a.mov(ecx, 50)?;
+        a.set_label(&mut top)?;
+        a.stac()?;
+        a.mov(eax, dword_ptr(DATA))?;
+        a.clac()?;
+        a.sub(ecx, 1)?;
+        a.jne(top)?;
+        a.mov(eax, dword_ptr(DATA))
+    });
+    assert_eq!(exception(|_| {}, |a| a.clac())[0], CODE + 2, "#UD at CPL 3");
+}
+
 fn without_rdtscp() -> CpuidTable {
     CpuidTable::new(Vec::new())
 }
