@@ -93,6 +93,12 @@ fn without_pku(mut e: CpuidEntry) -> Option<CpuidEntry> {
     Some(e)
 }
 
+/// Features that need a local APIC in KVM. QEMU leaves them in with `kernel-irqchip=off`, and Linux has no
+/// other way to send an IPI once it has chosen the hypercall.
+pub(crate) const NEED_APIC: u32 = 1 << KVM_FEATURE_PV_SEND_IPI | NEED_HLT_EXITS;
+/// Those that need HLT to be KVM's matter.
+pub(crate) const NEED_HLT_EXITS: u32 = 1 << KVM_FEATURE_PV_UNHALT;
+
 /// The CPUID of one vCPU.
 #[derive(Clone, Debug)]
 pub(crate) struct GuestCpuid {
@@ -115,17 +121,16 @@ impl Default for GuestCpuid {
 }
 
 impl GuestCpuid {
-    /// What user space gave, checked (`kvm_check_cpuid`). Without a local APIC in KVM the guest does
-    /// not get to see the features that need one: QEMU leaves them in with `kernel-irqchip=off`, and
-    /// Linux has no other way to send an IPI once it has chosen the hypercall.
-    pub fn new(entries: Vec<kvm_cpuid_entry2>, apic_in_kernel: bool) -> Result<Self> {
+    /// What user space gave, checked (`kvm_check_cpuid`). `hidden` are paravirtual features that the guest does
+    /// not get to see, whether they were given or not: bits of leaf 40000001H.
+    pub fn new(entries: Vec<kvm_cpuid_entry2>, hidden: u32) -> Result<Self> {
         let mut list: Vec<CpuidEntry> = entries.iter().map(entry).collect();
         let mut table = CpuidTable::new(list.clone());
         let feature_leaf = find_feature_leaf(&table);
-        if !apic_in_kernel {
+        if hidden != 0 {
             for e in &mut list {
                 if Some(e.function) == feature_leaf {
-                    e.eax &= !(1 << KVM_FEATURE_PV_SEND_IPI | 1 << KVM_FEATURE_PV_UNHALT);
+                    e.eax &= !hidden;
                 }
             }
             table = CpuidTable::new(list);
@@ -260,9 +265,9 @@ mod tests {
         features.eax = 1 << KVM_FEATURE_PV_UNHALT;
         let hyperv = leaf(KVM_SIGNATURE, None, 0x4000_0005, 0);
         let list = vec![hyperv, signature, features];
-        let cpuid = GuestCpuid::new(list.clone(), false).unwrap();
+        let cpuid = GuestCpuid::new(list.clone(), NEED_APIC).unwrap();
         assert!(!cpuid.has_kvm_feature(KVM_FEATURE_PV_UNHALT));
-        let cpuid = GuestCpuid::new(list, true).unwrap();
+        let cpuid = GuestCpuid::new(list, 0).unwrap();
         assert!(cpuid.has_kvm_feature(KVM_FEATURE_PV_UNHALT));
         assert!(!cpuid.has_kvm_feature(KVM_FEATURE_PV_EOI));
     }
@@ -275,7 +280,7 @@ mod tests {
                 leaf(7, Some(1), 0, 4),
                 leaf(7, Some(0), 0, 8),
             ],
-            true,
+            0,
         )
         .unwrap();
         assert!(cpuid.table().has(feature::X2APIC));
@@ -287,14 +292,14 @@ mod tests {
     fn odd_linear_widths_are_refused() {
         for (bits, good) in [(0, true), (48, true), (57, true), (47, false), (64, false)] {
             let e = leaf(0x8000_0008, None, bits << 8 | 40, 0);
-            assert_eq!(GuestCpuid::new(vec![e], true).is_ok(), good, "{bits}");
+            assert_eq!(GuestCpuid::new(vec![e], 0).is_ok(), good, "{bits}");
         }
     }
 
     #[test]
     fn runtime_bits_follow_the_state() {
         let cpuid =
-            GuestCpuid::new(vec![leaf(1, None, 0, 0), leaf(0xd, Some(0), 7, 0)], true).unwrap();
+            GuestCpuid::new(vec![leaf(1, None, 0, 0), leaf(0xd, Some(0), 7, 0)], 0).unwrap();
         let mut s = CpuState::new();
         s.cr4 = cr4::OSXSAVE;
         s.xcr0 = 7;

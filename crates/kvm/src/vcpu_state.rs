@@ -2,9 +2,9 @@
 //! events, CPUID, MSRs, XSAVE. Checks come before the first change.
 
 use anykvm_abi::{
-    KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_fpu, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events,
-    kvm_xcrs,
+    KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM, KVM_X86_DISABLE_EXITS_HLT,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2,
+    kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
 use anykvm_cpu::Machine;
 use anykvm_cpu::cpuid::Around;
@@ -238,12 +238,24 @@ impl Vcpu {
         })
     }
 
+    /// Paravirtual features that the guest cannot have on this machine.
+    fn hidden_features(&self) -> u32 {
+        let disabled = self.vm().enabled().disabled_exits();
+        if self.machine().lapic().is_none() {
+            cpuid::NEED_APIC
+        } else if disabled & KVM_X86_DISABLE_EXITS_HLT != 0 {
+            cpuid::NEED_HLT_EXITS
+        } else {
+            0
+        }
+    }
+
     /// KVM_SET_CPUID2. Once the vCPU has run only the same data is taken.
     pub fn set_cpuid2(&self, entries: Vec<kvm_cpuid_entry2>) -> Result<()> {
         if entries.len() > cpuid::MAX_ENTRIES {
             return Err(Errno::E2BIG);
         }
-        let new = GuestCpuid::new(entries, self.machine().lapic().is_some())?;
+        let new = GuestCpuid::new(entries, self.hidden_features())?;
         self.change(|core| {
             if core.has_run {
                 let around = self.around_cpuid();

@@ -273,25 +273,30 @@ pub fn kicks_and_yields_are_never_refused() {
     }
 }
 
+/// KVM's leaves with these features.
+fn kvm_cpuid(features: u32) -> [kvm_cpuid_entry2; 2] {
+    let word = |text: &[u8; 4]| u32::from_le_bytes(*text);
+    let signature = kvm_cpuid_entry2 {
+        function: 0x4000_0000,
+        eax: 0x4000_0001,
+        ebx: word(b"KVMK"),
+        ecx: word(b"VMKV"),
+        edx: word(b"M\0\0\0"),
+        ..Default::default()
+    };
+    let features = kvm_cpuid_entry2 {
+        function: 0x4000_0001,
+        eax: features,
+        ..Default::default()
+    };
+    [signature, features]
+}
+
 /// KVM_CAP_ENFORCE_PV_FEATURE_CPUID.
 #[test]
 pub fn what_cpuid_does_not_announce_is_not_there_when_enforced() {
     let g = Guest::of(Fixture::with_irqchip());
-    let leaf = |function, eax, text: &[u8; 4]| kvm_cpuid_entry2 {
-        function,
-        eax,
-        ebx: u32::from_le_bytes(*text),
-        ecx: u32::from_le_bytes(*text),
-        edx: u32::from_le_bytes(*text),
-        ..Default::default()
-    };
-    let mut signature = leaf(0x4000_0000, 0x4000_0001, b"KVMK");
-    signature.ecx = u32::from_le_bytes(*b"VMKV");
-    signature.edx = u32::from_le_bytes(*b"M\0\0\0");
-    let announced = 1 << KVM_FEATURE_CLOCKSOURCE2 | 1 << KVM_FEATURE_PV_UNHALT;
-    let mut features = leaf(0x4000_0001, announced, b"\0\0\0\0");
-    features.ebx = 0;
-    let cpuid = [signature, features];
+    let cpuid = kvm_cpuid(1 << KVM_FEATURE_CLOCKSOURCE2 | 1 << KVM_FEATURE_PV_UNHALT);
     assert_eq!(g.v.list(KVM_SET_CPUID2, &cpuid).0, Ok(0));
     g.enter(Mode::Protected, 0);
     let yields = || g.call(KVM_HC_SCHED_YIELD.into(), [0; 4]);
@@ -313,6 +318,32 @@ pub fn what_cpuid_does_not_announce_is_not_there_when_enforced() {
     assert_eq!(g.get(MSR_KVM_POLL_CONTROL), Some(0));
     assert!(g.set(MSR_KVM_POLL_CONTROL, 0) && !g.set(MSR_KVM_POLL_CONTROL, 1));
     assert!(g.set(MSR_KVM_SYSTEM_TIME, 0) && !g.set(MSR_KVM_SYSTEM_TIME, DATA | ENABLED));
+}
+
+/// A guest that halts for itself cannot be woken by a hypercall.
+#[test]
+pub fn no_unhalt_without_exits_of_hlt() {
+    for (disabled, announced) in [
+        (KVM_X86_DISABLE_EXITS_MWAIT, true),
+        (KVM_X86_DISABLE_EXITS_HLT, false),
+    ] {
+        let f = Fixture::with_irqchip();
+        let cap = kvm_enable_cap {
+            cap: KVM_CAP_X86_DISABLE_EXITS,
+            args: [disabled.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        if f.vm_with(KVM_ENABLE_CAP, &cap).is_err() {
+            // A host that does not have it.
+            continue;
+        }
+        let v = VcpuFixture::of(f);
+        let cpuid = kvm_cpuid(1 << KVM_FEATURE_CLOCKSOURCE2 | 1 << KVM_FEATURE_PV_UNHALT);
+        assert_eq!(v.list(KVM_SET_CPUID2, &cpuid).0, Ok(0));
+        let entries = v.list(KVM_GET_CPUID2, &cpuid).1;
+        let unhalt = entries[1].eax & 1 << KVM_FEATURE_PV_UNHALT != 0;
+        assert_eq!(unhalt, announced, "{disabled:#x}");
+    }
 }
 
 #[test]
