@@ -80,7 +80,7 @@ impl Cpu {
     /// The guest-physical address of a page of RAM.
     pub fn guest_physical(&self, page: HostPage) -> Option<u64> {
         let holds = |slot: &&Arc<Slot>| (slot.host()..slot.host() + slot.size).contains(&page.0);
-        let slot = self.map.slots().iter().find(holds)?;
+        let slot = self.map.slots().find(holds)?;
         Some(slot.gpa + (page.0 - slot.host()))
     }
 

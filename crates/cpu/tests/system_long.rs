@@ -326,7 +326,7 @@ fn single_step() {
 fn system_management_mode() {
     let mut c = run_bytes(&[0x90, 0xf4]);
     let map = c.memory.map(0);
-    let same = MemoryMap::new(map.slots().to_vec()).unwrap();
+    let same = MemoryMap::new(map.slots().cloned().collect()).unwrap();
     c.memory.replace(1, same, None);
     c.cpu.state.regs[reg::RBX] = 0x1122_3344_5566_7788;
     c.cpu.state.msr.smbase = 0x3_0000;

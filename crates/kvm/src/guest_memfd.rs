@@ -96,6 +96,10 @@ impl PrivateRanges {
         }
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub fn contains(&self, gpa: u64) -> bool {
         self.0
             .range(..=gpa)

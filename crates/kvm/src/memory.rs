@@ -69,6 +69,8 @@ pub(crate) struct Record {
 #[derive(Debug, Default)]
 pub(crate) struct SlotTable {
     pub spaces: [BTreeMap<u16, Record>; ADDRESS_SPACES],
+    /// The slots' numbers by their first addresses.
+    by_gpa: [BTreeMap<u64, u16>; ADDRESS_SPACES],
     pub aliases: [Option<Alias>; anykvm_abi::KVM_ALIAS_SLOTS as usize],
     /// Bytes of the VM's memfd.
     pub file_len: u64,
@@ -91,11 +93,31 @@ impl SlotTable {
         Ok(self.spaces[space].get(&id))
     }
 
+    fn insert(&mut self, space: usize, id: u16, record: Record) -> Option<Record> {
+        let old = self.remove(space, id);
+        self.by_gpa[space].insert(record.slot.gpa, id);
+        self.spaces[space].insert(id, record);
+        old
+    }
+
+    fn remove(&mut self, space: usize, id: u16) -> Option<Record> {
+        let old = self.spaces[space].remove(&id)?;
+        self.by_gpa[space].remove(&old.slot.gpa);
+        Some(old)
+    }
+
     /// Whether any slot but this one has memory in the range.
     pub fn overlaps(&self, space: usize, except: Option<u16>, gpa: u64, size: u64) -> bool {
-        self.spaces[space].iter().any(|(id, r)| {
-            Some(*id) != except && gpa < r.slot.gpa + r.slot.size && r.slot.gpa < gpa + size
-        })
+        let below = self.by_gpa[space].range(..gpa + size).rev();
+        // Of those that begin in front of its end the last has its own end farthest.
+        let last = below.map(|(_, id)| id).find(|id| Some(**id) != except);
+        last.and_then(|id| self.spaces[space].get(id))
+            .is_some_and(|r| r.slot.gpa + r.slot.size > gpa)
+    }
+
+    /// Whether the processors see each slot of an address space as one piece, and nothing else.
+    fn is_plain(&self, space: usize) -> bool {
+        space != 0 || self.private.is_empty() && self.aliases.iter().all(Option::is_none)
     }
 
     /// Every piece of memory of an address space: slots and what aliases show of them.
@@ -177,8 +199,8 @@ impl Vm {
         let (space, id) = SlotTable::split(region.slot)?;
         let mut table = self.lock_slots();
         if region.size == 0 {
-            let old = table.spaces[space].remove(&id).ok_or(Errno::EINVAL)?;
-            self.put_in_force(&mut table, space);
+            let old = table.remove(space, id).ok_or(Errno::EINVAL)?;
+            self.put_slot_in_force(&mut table, space, Some(&old), None);
             if old.own.is_some() {
                 self.discard_own_memory(old.slot.gpa, old.slot.size);
             }
@@ -215,8 +237,9 @@ impl Vm {
             (Backing::User(_), _) => None,
         };
         let record = self.record(region, own, moved);
-        let old = table.spaces[space].insert(id, record);
-        self.put_in_force(&mut table, space);
+        let slot = record.slot.clone();
+        let old = table.insert(space, id, record);
+        self.put_slot_in_force(&mut table, space, old.as_ref(), Some(slot));
         // What was written through the old slot up to now stays dirty in the new one.
         if let Some(old) = old
             && let Some(log) = &old.slot.dirty
@@ -276,6 +299,32 @@ impl Vm {
         self.enabled.manual_dirty_log_protect() & u64::from(both) == u64::from(both)
     }
 
+    /// Makes the change of one slot, which the table has already, what the processors see.
+    fn put_slot_in_force(
+        &self,
+        table: &mut SlotTable,
+        space: usize,
+        old: Option<&Record>,
+        new: Option<Arc<Slot>>,
+    ) {
+        if !table.is_plain(space) {
+            return self.put_in_force(table, space);
+        }
+        if !self
+            .memory
+            .replace_slot(space, old.map(|r| r.slot.gpa), new)
+        {
+            unreachable!("the processors see other slots than the table has");
+        }
+        self.count_change();
+    }
+
+    fn count_change(&self) {
+        self.count(VmStat::MemslotChanges);
+        self.stats
+            .set(VmStat::EngineMemory as usize, self.memory.memory_bytes());
+    }
+
     /// Makes the table what the processors see, aliases included, and waits until they do.
     pub(crate) fn put_in_force(&self, table: &mut SlotTable, space: usize) {
         let old_aliases = if space == 0 {
@@ -291,9 +340,7 @@ impl Vm {
         for piece in &old_aliases {
             piece.merge_into(table);
         }
-        self.count(VmStat::MemslotChanges);
-        self.stats
-            .set(VmStat::EngineMemory as usize, self.memory.memory_bytes());
+        self.count_change();
     }
 }
 

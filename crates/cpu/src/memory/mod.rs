@@ -10,6 +10,7 @@ pub mod access;
 pub mod dirty;
 pub(crate) mod elements;
 pub mod fault;
+mod map;
 pub mod mapping;
 pub mod pages;
 pub(crate) mod wide;
@@ -21,6 +22,7 @@ use arc_swap::ArcSwap;
 
 use crate::requests::{self, Requests};
 pub use dirty::DirtyLog;
+pub use map::MemoryMap;
 use mapping::Mapping;
 use pages::HostPages;
 
@@ -106,6 +108,16 @@ impl Slot {
         gpa.wrapping_sub(self.gpa) < self.size
     }
 
+    /// The first address behind it.
+    fn end(&self) -> u64 {
+        self.gpa + self.size
+    }
+
+    /// Bytes that its description takes.
+    fn memory(&self) -> usize {
+        size_of::<Self>() + self.dirty.as_ref().map_or(0, DirtyLog::memory)
+    }
+
     /// Notes that the page with this address was written.
     #[inline]
     pub fn mark_dirty(&self, gpa: u64) {
@@ -122,31 +134,6 @@ impl Slot {
         {
             log.mark_used((gpa - self.gpa) / PAGE);
         }
-    }
-}
-
-/// The guest-physical address space at one moment.
-#[derive(Debug, Default)]
-pub struct MemoryMap {
-    slots: Vec<Arc<Slot>>,
-}
-
-impl MemoryMap {
-    /// A map of these slots, which must not overlap; `None` if they do.
-    pub fn new(mut slots: Vec<Arc<Slot>>) -> Option<Self> {
-        slots.sort_by_key(|s| s.gpa);
-        let overlap = slots.windows(2).any(|w| w[0].gpa + w[0].size > w[1].gpa);
-        (!overlap).then_some(Self { slots })
-    }
-    /// The slot that holds this address.
-    pub fn find(&self, gpa: u64) -> Option<&Arc<Slot>> {
-        let i = self.slots.partition_point(|s| s.gpa <= gpa);
-        let s = self.slots.get(i.checked_sub(1)?)?;
-        s.contains(gpa).then_some(s)
-    }
-    /// All slots, by ascending address.
-    pub fn slots(&self) -> &[Arc<Slot>] {
-        &self.slots
     }
 }
 
@@ -205,9 +192,26 @@ impl GuestMemory {
     /// Puts a new map in force and waits until nobody uses the old one, so that a store from now on is
     /// logged as the new one says. `me`: the calling processor's own participant, if the caller is one.
     pub fn replace(&self, space: usize, map: MemoryMap, me: Option<&Participant>) {
-        for s in &map.slots {
+        for s in map.slots() {
             self.pages.cover(s.host, s.size);
         }
+        self.put_in_force(space, map, me);
+    }
+
+    /// The same with a map in which one slot is missing (the one that begins at `old`), new, or replaced. False,
+    /// and nothing is changed, if there is none at `old` or the new one overlaps another.
+    pub fn replace_slot(&self, space: usize, old: Option<u64>, new: Option<Arc<Slot>>) -> bool {
+        if let Some(new) = &new {
+            self.pages.cover(new.host, new.size);
+        }
+        let Some(map) = self.map(space).changed(old, new) else {
+            return false;
+        };
+        self.put_in_force(space, map, None);
+        true
+    }
+
+    fn put_in_force(&self, space: usize, map: MemoryMap, me: Option<&Participant>) {
         self.maps[space & 1].store(Arc::new(map));
         drop(self.accesses.write().unwrap_or_else(|e| e.into_inner()));
         if let Some(me) = me {
@@ -219,10 +223,8 @@ impl GuestMemory {
     /// Bytes of memory that the guest's memory takes beside itself: records of pages, slots and their dirty
     /// logs.
     pub fn memory_bytes(&self) -> u64 {
-        let maps = [0, 1].map(|space| self.map(space));
-        let slots = maps.iter().flat_map(|map| map.slots());
-        let logs = slots.map(|s| size_of::<Slot>() + s.dirty.as_ref().map_or(0, DirtyLog::memory));
-        (self.pages.memory() + logs.sum::<usize>()) as u64
+        let maps = [0, 1].map(|space| self.maps[space].load().memory());
+        (self.pages.memory() + maps[0] + maps[1]) as u64
     }
 
     /// Per-page records of code, by host page.

@@ -7,7 +7,7 @@
 //! compared with memory again, and marks the page anew.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
 const LEAF_BITS: u32 = 11;
 const MID_BITS: u32 = 12;
@@ -60,14 +60,18 @@ type Mid = Box<[OnceLock<Leaf>]>;
 #[derive(Debug)]
 pub struct HostPages {
     root: Box<[OnceLock<Mid>]>,
+    /// Bytes of the tree.
+    memory: AtomicUsize,
     /// Incremented by every store that hits code, on any page.
     epoch: AtomicU64,
 }
 
 impl Default for HostPages {
     fn default() -> Self {
+        let root: Box<[_]> = (0..1 << ROOT_BITS).map(|_| OnceLock::new()).collect();
         Self {
-            root: (0..1 << ROOT_BITS).map(|_| OnceLock::new()).collect(),
+            memory: AtomicUsize::new(size_of_val(&*root)),
+            root,
             epoch: AtomicU64::new(0),
         }
     }
@@ -89,21 +93,20 @@ impl HostPages {
         let mut at = host & !(step - 1);
         while at < host.saturating_add(size) {
             let (r, m, _) = split(at);
-            let mid =
-                self.root[r].get_or_init(|| (0..1 << MID_BITS).map(|_| OnceLock::new()).collect());
-            mid[m].get_or_init(|| (0..1 << LEAF_BITS).map(|_| PageRecord::default()).collect());
+            let mid = self.root[r].get_or_init(|| self.allocate(MID_BITS));
+            mid[m].get_or_init(|| self.allocate(LEAF_BITS));
             at += step;
         }
     }
+    fn allocate<T: Default>(&self, bits: u32) -> Box<[T]> {
+        let node: Box<[T]> = (0..1 << bits).map(|_| T::default()).collect();
+        self.memory
+            .fetch_add(size_of_val(&*node), Ordering::Relaxed);
+        node
+    }
     /// Bytes of memory that the records take.
     pub fn memory(&self) -> usize {
-        let mids: Vec<&Mid> = self.root.iter().filter_map(OnceLock::get).collect();
-        let leaves = mids.iter().flat_map(|mid| mid.iter());
-        let records: usize = leaves
-            .filter_map(OnceLock::get)
-            .map(|l| size_of_val(&**l))
-            .sum();
-        size_of_val(&*self.root) + mids.iter().map(|m| size_of_val(&***m)).sum::<usize>() + records
+        self.memory.load(Ordering::Relaxed)
     }
     /// The record of the page that holds this host address.
     #[inline]

@@ -213,7 +213,7 @@ fn loaded_by_rsm() {
     }
     handler.extend([0x0f, 0x21, 0xf8, 0x0f, 0xaa]);
     let mut c = machine(&[0x0f, 0x0b]);
-    let slots = c.memory.map(0).slots().to_vec();
+    let slots = c.memory.map(0).slots().cloned().collect();
     c.memory.replace(1, MemoryMap::new(slots).unwrap(), None);
     c.put(SMBASE + 0x8000, &handler);
     let s = &mut c.cpu.state;

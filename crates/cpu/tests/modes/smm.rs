@@ -22,7 +22,7 @@ const SAVED_SMBASE: u64 = 0xff00;
 
 /// SMM sees the same memory; its handler is `handler`.
 fn with_handler(c: &mut Computer, handler: &[u8]) {
-    let slots = c.memory.map(0).slots().to_vec();
+    let slots = c.memory.map(0).slots().cloned().collect();
     c.memory.replace(1, MemoryMap::new(slots).unwrap(), None);
     c.put(HANDLER, handler);
     c.cpu.state.msr.smbase = SMBASE;

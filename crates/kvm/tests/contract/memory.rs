@@ -27,14 +27,51 @@ impl Fixture {
     /// Slots in force: (gpa, size, readonly).
     fn slots(&self, space: usize) -> Vec<(u64, u64, bool)> {
         let map = self.inner().memory().map(space);
-        map.slots()
-            .iter()
-            .map(|s| (s.gpa, s.size, s.readonly))
-            .collect()
+        map.slots().map(|s| (s.gpa, s.size, s.readonly)).collect()
     }
 }
 
 const HOST: u64 = 0x7000_0000_0000;
+
+/// Thousands of slots, put in and taken out in no order.
+#[test]
+pub fn many_slots() {
+    software_only!();
+    const SLOTS: u32 = 2000;
+    const STEP: u64 = 0x4000;
+    let f = Fixture::new();
+    let scattered = |slot: u32| u64::from(slot * 37 % SLOTS) * STEP;
+    for slot in 0..SLOTS {
+        assert_eq!(f.set(region(slot, scattered(slot), 0x2000, HOST)), Ok(0));
+    }
+    let all: Vec<_> = (0..u64::from(SLOTS))
+        .map(|n| (n * STEP, 0x2000, false))
+        .collect();
+    assert_eq!(f.slots(0), all);
+    for slot in 0..SLOTS {
+        let gpa = scattered(slot);
+        let overlapping = region(SLOTS, gpa + 0x1000, 0x1000, HOST);
+        assert_eq!(f.set(overlapping), Err(Errno::EEXIST));
+        let onto_the_one_below = region(slot, gpa.wrapping_sub(STEP - 0x1000), 0x2000, HOST);
+        if gpa != 0 {
+            assert_eq!(f.set(onto_the_one_below), Err(Errno::EEXIST));
+        }
+    }
+    // Half of them go, the others move a page on, over where they were.
+    for slot in 0..SLOTS {
+        let size = if slot % 2 == 0 { 0 } else { 0x2000 };
+        let at = scattered(slot) + 0x1000;
+        assert_eq!(f.set(region(slot, at, size, HOST)), Ok(0));
+    }
+    let mut left: Vec<_> = (1..SLOTS).step_by(2).map(scattered).collect();
+    left.sort_unstable();
+    let left: Vec<_> = left
+        .iter()
+        .map(|gpa| (gpa + 0x1000, 0x2000, false))
+        .collect();
+    assert_eq!(f.slots(0), left);
+    assert_eq!(f.slots(1), []);
+}
 
 #[test]
 pub fn create_move_delete() {
