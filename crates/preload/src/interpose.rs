@@ -283,7 +283,7 @@ interpose! {
             return answer(Err(errno)) as usize as *mut c_void;
         }
         let mapped = next::mmap(address, len, protection, flags, fd, offset);
-        map_ring(mapped, len, protection, flags, fd, offset);
+        complete_mapping(mapped, len, protection, flags, fd, offset);
         mapped
     }
     fn mmap64(address: *mut c_void, len: usize, protection: c_int, flags: c_int, fd: c_int, offset: c_long) -> *mut c_void {
@@ -291,7 +291,7 @@ interpose! {
             return answer(Err(errno)) as usize as *mut c_void;
         }
         let mapped = next::mmap64(address, len, protection, flags, fd, offset);
-        map_ring(mapped, len, protection, flags, fd, offset);
+        complete_mapping(mapped, len, protection, flags, fd, offset);
         mapped
     }
 }
@@ -314,7 +314,7 @@ fn refused(
 ///
 /// # Safety
 /// `mapped` must be what mmap returned for the other arguments.
-unsafe fn map_ring(
+unsafe fn complete_mapping(
     mapped: *mut c_void,
     len: usize,
     protection: c_int,
@@ -324,7 +324,7 @@ unsafe fn map_ring(
 ) {
     if fd >= 0 && files::any() && flags & libc::MAP_ANONYMOUS == 0 && mapped != libc::MAP_FAILED {
         // SAFETY: a mapping of `fd` that was just made for the program.
-        unsafe { kvm::map_coalesced_ring(mapped as usize, len, protection, fd, offset) };
+        unsafe { kvm::complete_mapping(mapped as usize, len, protection, fd, offset) };
     }
 }
 

@@ -1,13 +1,14 @@
 //! ioctls on KVM's descriptors, and mmap of a vCPU.
 
 use std::ffi::{c_int, c_ulong};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
 use anykvm::{Object, Reply, UserMemory};
 use anykvm_abi::ioctl::{KVM_GET_STATS_FD, KVM_RUN, KVMIO};
-use anykvm_abi::{KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_create_device};
+use anykvm_abi::{KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_DIRTY_LOG_PAGE_OFFSET, kvm_create_device};
 
 use crate::files::{self, FileRef};
 use crate::user_memory::ThisProcess;
@@ -99,35 +100,48 @@ pub fn refuses_mapping(
     checked.err().map(|e| e.errno())
 }
 
-/// Lays the VM's coalesced-MMIO ring over page 2 of a new mapping of a vCPU (KVM API, 4.116): the
-/// ring is one a VM, the rest of the mapping is the vCPU's own.
+/// Completes a new mapping of a vCPU. Page 2 is the VM's coalesced-MMIO ring (KVM API, 4.116), which is one a VM;
+/// the rest is the vCPU's own. Between it and the dirty ring (8.29) there is nothing: an access is SIGBUS.
 ///
 /// # Safety
 /// `address..address + len` must be a mapping, just made for the program, of `fd` from `offset`.
-pub unsafe fn map_coalesced_ring(
+pub unsafe fn complete_mapping(
     address: usize,
     len: usize,
     protection: c_int,
     fd: c_int,
     offset: i64,
 ) {
-    let Some(page) = (i64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * PAGE as i64).checked_sub(offset)
-    else {
+    /// Behind the end of any vCPU's file.
+    const NOTHING: u64 = 1 << 40;
+    const COALESCED: usize = KVM_COALESCED_MMIO_PAGE_OFFSET as usize;
+    const DIRTY_LOG: usize = KVM_DIRTY_LOG_PAGE_OFFSET as usize;
+    let Ok(offset) = usize::try_from(offset) else {
         return;
     };
-    let Ok(page) = usize::try_from(page) else {
-        return;
+    // Where these pages of the file are in the mapping.
+    let part = |first: usize, end: usize| {
+        let start = (first * PAGE).saturating_sub(offset).min(len);
+        start..(end * PAGE).saturating_sub(offset).min(len)
     };
-    if page >= len {
+    let lay_over = |part: Range<usize>, fd: c_int, from: u64| {
+        if !part.is_empty() {
+            // A failure leaves the memfd's own pages there: zeroes, an empty ring.
+            // SAFETY: pages of the mapping that the caller has just made.
+            let _ =
+                unsafe { sys::map_over(address + part.start, part.len(), protection, fd, from) };
+        }
+    };
+    let ring_page = part(COALESCED, COALESCED + 1);
+    let nothing = part(COALESCED + 1, DIRTY_LOG);
+    if ring_page.is_empty() && nothing.is_empty() {
         return;
     }
     let Some(file) = files::find(fd) else {
         return;
     };
     if let Some(ring) = file.object().coalesced_ring() {
-        let fd = ring.as_raw_fd();
-        // A failure leaves the memfd's own page there: an empty ring, as without the capability.
-        // SAFETY: a page of the mapping that the caller has just made.
-        let _ = unsafe { sys::map_over(address + page, PAGE, protection, fd, 0) };
+        lay_over(ring_page, ring.as_raw_fd(), 0);
+        lay_over(nothing, fd, NOTHING);
     }
 }

@@ -1,5 +1,52 @@
 /* Several mappings of a vCPU are one memory; page 2 is one memory for all vCPUs of a VM. */
+#include <setjmp.h>
+#include <signal.h>
+
 #include "vm.h"
+
+#define RINGS 65536
+/* KVM_DIRTY_LOG_PAGE_OFFSET */
+#define FIRST 64
+
+static sigjmp_buf nothing;
+
+static void fault(int signal)
+{
+	(void)signal;
+	siglongjmp(nothing, 1);
+}
+
+/* Whether there is memory at this address. */
+static int is_there(volatile uint8_t *at)
+{
+	if (sigsetjmp(nothing, 1))
+		return 0;
+	(void)*at;
+	return 1;
+}
+
+/* A vCPU with a dirty ring: its three pages, nothing, the ring, nothing. */
+static void with_ring(void)
+{
+	struct kvm_enable_cap cap = { .cap = KVM_CAP_DIRTY_LOG_RING, .args = { RINGS } };
+	int kvm = open("/dev/kvm", O_RDWR), vm = ioctl(kvm, KVM_CREATE_VM, 0), vcpu;
+	uint8_t *all, *end;
+
+	CHECK(ioctl(vm, KVM_ENABLE_CAP, &cap) == 0);
+	CHECK((vcpu = ioctl(vm, KVM_CREATE_VCPU, 0)) >= 0);
+	CHECK(signal(SIGBUS, fault) != SIG_ERR);
+	all = mmap(NULL, (FIRST + 20) * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	CHECK(all != MAP_FAILED);
+	for (int page = 0; page < FIRST + 20; page++) {
+		int there = page < 3 || (page >= FIRST && page < FIRST + RINGS / 4096);
+		CHECK(is_there(all + page * 4096) == there);
+	}
+	/* The same pages, mapped from the middle. */
+	end = mmap(NULL, 5 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, (FIRST - 2) * 4096);
+	CHECK(end != MAP_FAILED);
+	CHECK(!is_there(end) && !is_there(end + 4096) && is_there(end + 8192));
+	CHECK(close(vcpu) == 0 && close(vm) == 0 && close(kvm) == 0);
+}
 
 int main(void)
 {
@@ -26,5 +73,6 @@ int main(void)
 	CHECK(close(copy) == 0 && close(m.vcpu) == 0);
 	CHECK(b[8192 + 100] == 9);
 	CHECK(((struct kvm_run *)b)->request_interrupt_window == 7);
+	with_ring();
 	return 0;
 }
