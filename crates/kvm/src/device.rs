@@ -22,8 +22,32 @@ use crate::vm::Vm;
 pub struct Device {
     vm: Arc<Vm>,
     fd: OwnedFd,
-    /// The VFIO files, by duplicates.
-    files: Mutex<Vec<OwnedFd>>,
+    files: Mutex<Files>,
+}
+
+/// The VFIO files of a VM, by duplicates.
+#[derive(Debug, Default)]
+struct Files(Vec<OwnedFd>);
+
+impl Files {
+    fn add(&mut self, fd: OwnedFd) -> Result<()> {
+        if self.position(&fd)?.is_some() {
+            return Err(Errno::EEXIST);
+        }
+        self.0.push(fd);
+        Ok(())
+    }
+
+    fn remove(&mut self, fd: &OwnedFd) -> Result<()> {
+        let at = self.position(fd)?.ok_or(Errno::ENOENT)?;
+        self.0.remove(at);
+        Ok(())
+    }
+
+    fn position(&self, fd: &OwnedFd) -> Result<Option<usize>> {
+        let id = identity(fd)?;
+        Ok(self.0.iter().position(|own| identity(own) == Ok(id)))
+    }
 }
 
 impl fmt::Debug for Device {
@@ -94,38 +118,29 @@ impl Device {
 
     /// KVM_DEV_VFIO_FILE_ADD.
     pub(crate) fn add_file(&self, fd: i32) -> Result<()> {
-        let fd = vfio_file(fd)?;
-        let id = identity(&fd)?;
-        let mut files = self.lock_files();
-        if files.iter().any(|f| identity(f) == Ok(id)) {
-            return Err(Errno::EEXIST);
+        let fd = duplicate(fd)?;
+        if !is_vfio(&fd)? {
+            return Err(Errno::EINVAL);
         }
-        files.push(fd);
-        Ok(())
+        self.lock_files().add(fd)
     }
 
     /// KVM_DEV_VFIO_FILE_DEL.
     pub(crate) fn remove_file(&self, fd: i32) -> Result<()> {
-        let id = identity(&vfio_file(fd)?)?;
-        let mut files = self.lock_files();
-        let at = files.iter().position(|f| identity(f) == Ok(id));
-        files.remove(at.ok_or(Errno::ENOENT)?);
-        Ok(())
+        self.lock_files().remove(&duplicate(fd)?)
     }
 
-    fn lock_files(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+    fn lock_files(&self) -> MutexGuard<'_, Files> {
         self.files.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
-/// A duplicate of a VFIO group or device file; EINVAL if it is another file.
-fn vfio_file(fd: i32) -> Result<OwnedFd> {
-    let fd = duplicate(fd)?;
+/// Whether it is a VFIO group or a VFIO device, by itself or of a group. The container is neither.
+fn is_vfio(fd: &OwnedFd) -> Result<bool> {
     let target = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
-    if !target.starts_with("/dev/vfio") && target.as_os_str() != "anon_inode:[vfio-device]" {
-        return Err(Errno::EINVAL);
-    }
-    Ok(fd)
+    let device = rustix::fs::fstat(fd)?.st_mode & libc::S_IFMT == libc::S_IFCHR;
+    let of_vfio = target.starts_with("/dev/vfio") && !target.ends_with("vfio/vfio");
+    Ok(device && of_vfio || target.as_os_str() == "anon_inode:[vfio-device]")
 }
 
 /// Which file it is, whatever its descriptor.
@@ -141,5 +156,26 @@ pub(crate) fn has_attr(attr: &kvm_device_attr) -> Result<()> {
         Ok(())
     } else {
         Err(Errno::ENXIO)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What there is to test without a device that is given to a guest.
+    #[test]
+    fn files_are_held_once_until_removed() {
+        let [a, b] = ["a", "b"].map(|name| memfd(name, 0).unwrap());
+        let mut files = Files::default();
+        assert_eq!(files.add(a.try_clone().unwrap()), Ok(()));
+        assert_eq!(files.add(a.try_clone().unwrap()), Err(Errno::EEXIST));
+        assert_eq!(files.remove(&b), Err(Errno::ENOENT));
+        assert_eq!(files.add(b.try_clone().unwrap()), Ok(()));
+        // By another descriptor.
+        assert_eq!(files.remove(&a.try_clone().unwrap()), Ok(()));
+        assert_eq!(files.remove(&a), Err(Errno::ENOENT));
+        assert_eq!(files.0.len(), 1);
+        assert_eq!(is_vfio(&a), Ok(false));
     }
 }

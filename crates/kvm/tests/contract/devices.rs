@@ -64,7 +64,10 @@ pub fn vfio_takes_vfio_files_only() {
     let file = std::fs::File::open("/proc/self/exe").unwrap();
     let fd = f.user.at(&file.as_raw_fd());
     assert_eq!(call(KVM_SET_DEVICE_ATTR, 1, 1, fd), Err(Errno::EINVAL));
+    // Only one that was added can be removed.
+    assert_eq!(call(KVM_SET_DEVICE_ATTR, 1, 2, fd), Err(Errno::ENOENT));
     let closed = f.user.at(&-1i32);
+    assert_eq!(call(KVM_SET_DEVICE_ATTR, 1, 2, closed), Err(Errno::EBADF));
     assert_eq!(call(KVM_SET_DEVICE_ATTR, 1, 1, closed), Err(Errno::EBADF));
     assert_eq!(call(KVM_GET_DEVICE_ATTR, 1, 1, fd), Err(Errno::EPERM));
     assert_eq!(device.call(KVM_RUN, 0, &f.user), Err(Errno::ENOTTY));
