@@ -3,6 +3,7 @@
 
 mod capabilities;
 mod clock;
+mod controllers;
 mod coverage;
 mod devices;
 mod dirty_log;
