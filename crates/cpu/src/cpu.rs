@@ -83,6 +83,8 @@ pub struct Cpu {
     pub(crate) leave: bool,
     /// Events must be looked at before the next block.
     pub(crate) check_events: bool,
+    /// An interrupt may wait for RFLAGS.IF; nobody has looked since the last event or request.
+    pub(crate) may_wait_for_if: bool,
     /// What the owner's calls have left to do before the next instruction.
     pub(crate) stale: Stale,
     /// An event, not an instruction, is on its way through the IDT.
@@ -164,6 +166,7 @@ impl Cpu {
             exit: None,
             leave: false,
             check_events: true,
+            may_wait_for_if: true,
             stale: Stale::Nothing,
             delivering: false,
             prior_shadow: 0,

@@ -36,6 +36,7 @@ impl Cpu {
     pub(crate) fn run_watched(&mut self, run: impl FnOnce(&mut Self) -> Step) -> Exit {
         let requests = self.requests.clone();
         self.participant.enter();
+        self.may_wait_for_if = true;
         self.settle();
         let (exit, faulted) = fault::watch(&requests, || match run(self) {
             Ok(()) => Exit::Budget,
@@ -136,6 +137,7 @@ impl Cpu {
     /// false if there is nothing.
     pub(crate) fn serve_events(&mut self) -> Result<bool, Exit> {
         self.check_events = false;
+        self.may_wait_for_if = true;
         if self.state.events.triple_fault {
             self.state.events.triple_fault = false;
             return Err(Exit::Shutdown);

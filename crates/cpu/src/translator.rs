@@ -277,9 +277,15 @@ impl Cpu {
         (self.tlb.level1_of(set), self.tlb.behind_level1_of(set))
     }
     /// Whether nothing waits for RFLAGS.IF to be set. What comes later is announced by a request.
-    pub fn nothing_waits_for_if(&self) -> bool {
-        self.state.rflags & rflags::IF != 0
-            || !self.machine.interrupt_pending() && !self.machine.wants_interrupt_window()
+    pub fn nothing_waits_for_if(&mut self) -> bool {
+        if self.state.rflags & rflags::IF != 0 {
+            return true;
+        }
+        if self.may_wait_for_if {
+            self.may_wait_for_if =
+                self.machine.interrupt_pending() || self.machine.wants_interrupt_window();
+        }
+        !self.may_wait_for_if
     }
     /// Translated code has changed the privilege level, or RFLAGS.AC: what is derived from the state is made
     /// anew.
