@@ -43,6 +43,8 @@ pub(crate) struct Plan {
     pub changed: u16,
     /// It shifts by CL.
     pub count_in_cl: bool,
+    /// CH is among the operands: the guest's RCX is in the host's meanwhile.
+    pub in_ch: bool,
     /// AH to BH are among the operands: no REX prefix is possible.
     pub legacy_registers_only: bool,
 }
@@ -79,6 +81,7 @@ impl Plan {
             written: 0,
             changed: 0,
             count_in_cl: false,
+            in_ch: false,
             legacy_registers_only: false,
         };
         if raw.mnemonic() == Mnemonic::Lea {
@@ -124,7 +127,7 @@ impl Plan {
                 return None;
             }
         }
-        if plan.legacy_registers_only && !plan.needs_no_rex() {
+        if plan.legacy_registers_only && !plan.needs_no_rex() || plan.in_ch && plan.count_in_cl {
             return None;
         }
         plan.insn.set_code(general_accumulator(&plan.insn)?);
@@ -184,8 +187,12 @@ impl Plan {
         }
         if is_high_byte(r) {
             self.legacy_registers_only = true;
-            // CH's register has no second byte that could be named.
-            return (r != Register::CH).then_some(());
+            if r == Register::CH {
+                // Its register has no second byte that could be named; RCX has.
+                self.in_ch = true;
+                return self.memory.is_none().then_some(());
+            }
+            return Some(());
         }
         if r == Register::CL && i > 0 && is_shift(self.insn.mnemonic()) {
             if self.second.is_some() || self.memory.is_some() {

@@ -7,7 +7,7 @@ use crate::asm::slot;
 use crate::flags::{Flags, recipe, wants_operand};
 use crate::memory::Bytes;
 use crate::plan::{Plan, set_memory};
-use crate::regs::{GUEST_RCX, POINTER};
+use crate::regs::{GUEST_RCX, POINTER, bit};
 use crate::shared::Slot;
 use crate::sharing::must_be_aligned;
 use crate::translate::{Block, Done, Site};
@@ -239,14 +239,17 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
     } else if let Some(lea) = &plan.lea {
         lea.emit(b)?;
     }
-    if plan.count_in_cl {
+    if plan.count_in_cl || plan.in_ch {
         b.a.mov(POINTER, GUEST_RCX)?;
     }
     for s in plan.spills().filter(|s| s.read) {
         b.a.load(s.scratch, slot(s.slot))?;
     }
-    let kept =
-        changes_flags && plan.memory.is_none() && wants_operand(&out) && flags_cross_a_check(later);
+    let kept = changes_flags
+        && !plan.in_ch
+        && plan.memory.is_none()
+        && wants_operand(&out)
+        && flags_cross_a_check(later);
     if kept {
         let full = out.op0_register().full_register();
         b.a.store(slot(Slot::Operand), full)?;
@@ -255,12 +258,15 @@ fn general(b: &mut Block, insn: &Insn, site: Site, later: &[Insn]) -> Result<Don
         b.access(checked);
     }
     b.a.put(&out)?;
+    if plan.in_ch && plan.written & bit(GUEST_RCX) != 0 {
+        b.a.mov(GUEST_RCX, POINTER)?;
+    }
     for s in plan.spills().filter(|s| s.written) {
         b.a.store(slot(s.slot), s.scratch)?;
     }
     x87::note(b, insn, site)?;
     if changes_flags {
-        b.flags = Flags::Host(if replaces_flags || kept {
+        b.flags = Flags::Host(if (replaces_flags || kept) && !plan.in_ch {
             recipe(&out, kept)
         } else {
             None

@@ -165,3 +165,36 @@ fn copies_of_every_length() {
         a.vzeroupper()
     });
 }
+
+/// CH is the second byte of a register that is elsewhere in translated code.
+#[test]
+fn the_second_byte_of_rcx() {
+    same(|a| {
+        let mut top = a.create_label();
+        a.mov(r8d, 50)?;
+        a.set_label(&mut top)?;
+        a.add(ch, dh)?;
+        a.adc(rax, qword_ptr(DATA as i32))?;
+        a.and(ch, 0x72)?;
+        a.mov(qword_ptr(DATA as i32 + 8), rcx)?;
+        a.setp(bl)?;
+        a.movzx(edx, ch)?;
+        a.xchg(ch, bh)?;
+        a.shl(ch, 3)?;
+        a.xor(rsi, qword_ptr(DATA as i32 + 16))?;
+        a.rcr(ch, 1)?;
+        a.mov(ah, ch)?;
+        a.neg(ch)?;
+        a.sbb(rdi, rcx)?;
+        a.shr(ch, cl)?;
+        a.setc(ch)?;
+        a.cmp(ch, al)?;
+        a.cmovb(rbx, rsi)?;
+        a.mov(ch, 0x5a)?;
+        a.add(byte_ptr(DATA as i32 + 24), ch)?;
+        a.rol(rcx, 9)?;
+        a.xor(rcx, rdi)?;
+        a.dec(r8d)?;
+        a.jne(top)
+    });
+}
