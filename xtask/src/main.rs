@@ -1,5 +1,5 @@
-//! The project's chores: `cargo xtask demo | test | stress | migrate | signals | selftests | kvm-ioctls | bench |
-//! diff | boundary | fuzz | docs | golden`.
+//! The project's chores: `cargo xtask demo | test | stress | migrate | signals | selftests | kvm-ioctls | crates |
+//! bench | diff | boundary | fuzz | docs | golden`.
 
 #![forbid(unsafe_code)]
 
@@ -46,6 +46,8 @@ enum Task {
     Signals(signals::SignalArgs),
     /// Run the tests of the crate kvm-ioctls
     KvmIoctls,
+    /// Run the tests of published crates that use /dev/kvm: kvm-ioctls, and parts of monitors
+    Crates(crate_tests::CrateArgs),
     /// Run KVM's own test programs
     Selftests(selftests::SelftestArgs),
     /// Measure; without a word what, everything, and write docs/benchmarks.md and docs/benchmarks.svg
@@ -83,7 +85,8 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Stress(args) => e2e::stress(&args),
         Task::Migrate(args) => e2e::migrate(&args),
         Task::Signals(args) => signals::run(&args),
-        Task::KvmIoctls => crate_tests::run(),
+        Task::KvmIoctls => crate_tests::run_short(),
+        Task::Crates(args) => crate_tests::run(&args),
         Task::Selftests(args) => selftests::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Diff(args) => diff::run(&args),
