@@ -91,6 +91,7 @@ pub fn check_preloadable(path: &Path) -> Result<(), Error> {
         }
         match kind(&file) {
             Kind::Script(interpreter) => path = interpreter,
+            Kind::Static if is_loader(&path) => return Ok(()),
             Kind::Static => {
                 return refuse(&path, "is statically linked, which is not yet supported");
             }
@@ -104,6 +105,13 @@ pub fn check_preloadable(path: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Whether this is glibc's dynamic loader itself, run as a program with another's name behind it: it has no
+/// PT_INTERP, and loads the shim.
+fn is_loader(path: &Path) -> bool {
+    let name = path.file_name();
+    name.is_some_and(|name| name.as_bytes().starts_with(b"ld-linux-x86-64.so."))
 }
 
 /// Reads what execve would look at. A damaged header counts as [`Kind::Other`]: execve's own error
