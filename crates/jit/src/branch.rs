@@ -14,7 +14,7 @@ use crate::exits::Wish;
 use crate::flags::Flags;
 use crate::legacy::Word;
 use crate::memory::{Address, Use};
-use crate::regs::{GUEST_RSP, Home, POINTER, SCRATCH, home};
+use crate::regs::{GUEST_RCX, GUEST_RSP, Home, POINTER, SCRATCH, bit, home};
 use crate::shared::Slot;
 use crate::translate::{Block, Done, Site};
 use crate::views::Jump;
@@ -58,6 +58,10 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site, last: bool) -> Result
         {
             conditional(b, insn, site, last)
         }
+        (_, C::Jrcxz_rel8_64 | C::Jecxz_rel8_64 | C::Jecxz_rel8_32) => {
+            on_count(b, insn, site, false)
+        }
+        (_, C::Loop_rel8_64_RCX | C::Loop_rel8_32_ECX) => on_count(b, insn, site, true),
         (_, C::Jmp_rel8_64 | C::Jmp_rel32_64 | C::Jmp_rel8_32 | C::Jmp_rel32_32) => {
             jump(b, insn, site)
         }
@@ -89,21 +93,61 @@ fn conditional(b: &mut Block, insn: &Insn, site: Site, last: bool) -> Result<Don
     b.flags.restore(&mut b.a)?;
     let condition = insn.raw.condition_code() as u8;
     let taken = b.a.jcc(jcc_number(condition));
-    let to = target(insn, site);
-    if in_page(to) {
-        b.link(taken, to);
-    } else {
-        b.late.push(Late {
-            hole: taken,
-            flags: b.flags.clone(),
-            what: What::Taken(to, site),
-        });
-    }
+    branch_to(b, taken, target(insn, site), site);
     if !last {
         return Ok(Done::Next);
     }
     go_on(b, site.next)?;
     Ok(Done::Ends)
+}
+
+/// JRCXZ and JECXZ; or LOOP, which counts down first and branches if that is not zero.
+fn on_count(b: &mut Block, insn: &Insn, site: Site, down: bool) -> Result<Done, IcedError> {
+    let to = target(insn, site);
+    if down && !in_page(to) {
+        // A branch out of the page may be left to the interpreter when the counter has been changed.
+        return Ok(Done::Unsupported);
+    }
+    b.flags.restore(&mut b.a)?;
+    let word = match insn.raw.code() {
+        Code::Jecxz_rel8_64 => Word::Double,
+        _ => b.word,
+    };
+    if down {
+        b.before_write(bit(GUEST_RCX), None, false)?;
+        word.lea(&mut b.a, GUEST_RCX, at(GUEST_RCX, -1))?;
+    }
+    word.mov(&mut b.a, POINTER, GUEST_RCX)?;
+    let zero = b.a.jrcxz();
+    let otherwise = b.a.jmp();
+    b.a.land_short(zero);
+    let taken = if down {
+        let behind = b.a.jmp();
+        b.a.land(otherwise);
+        let taken = b.a.jmp();
+        b.a.land(behind);
+        taken
+    } else {
+        let taken = b.a.jmp();
+        b.a.land(otherwise);
+        taken
+    };
+    branch_to(b, taken, to, site);
+    go_on(b, site.next)?;
+    Ok(Done::Ends)
+}
+
+/// The branch at `hole` goes to an offset.
+fn branch_to(b: &mut Block, hole: Hole, to: i64, site: Site) {
+    if in_page(to) {
+        b.link(hole, to);
+        return;
+    }
+    b.late.push(Late {
+        hole,
+        flags: b.flags.clone(),
+        what: What::Taken(to, site),
+    });
 }
 
 /// Emits what was put off.

@@ -464,3 +464,138 @@ fn a_call_between_pages_whose_stack_faults() {
         compare(one, two);
     }
 }
+
+/// A program in which a branch by the counter is taken and not taken, in the page and out of it.
+fn by_count(bits: u32) -> Vec<u8> {
+    support::assemble_bits(bits, CODE, |a| {
+        let mut top = a.create_label();
+        let mut zero = a.create_label();
+        let mut inner = a.create_label();
+        a.mov(edi, 60)?;
+        a.set_label(&mut top)?;
+        a.mov(ecx, edi)?;
+        a.and(ecx, 3)?;
+        a.cmp(eax, edx)?;
+        match bits {
+            64 => a.jrcxz(zero)?,
+            _ => a.jecxz(zero)?,
+        }
+        a.adc(eax, 3)?;
+        a.cmp(ecx, 2)?;
+        a.set_label(&mut inner)?;
+        a.adc(edx, ecx)?;
+        a.rol(edx, 5)?;
+        a.cmp(edx, ecx)?;
+        a.loop_(inner)?;
+        a.adc(eax, edx)?;
+        a.set_label(&mut zero)?;
+        a.adc(ebx, eax)?;
+        a.add(ch, 3)?;
+        a.adc(bl, ch)?;
+        a.test(ch, 2)?;
+        a.setne(ch)?;
+        a.xor(ch, ah)?;
+        a.movzx(esi, ch)?;
+        a.shl(ch, 2)?;
+        a.adc(ebx, esi)?;
+        a.mov(dh, ch)?;
+        a.and(ch, 15)?;
+        a.add(ebx, ecx)?;
+        a.sub(edi, 1)?;
+        a.jne(top)
+    })
+}
+
+#[test]
+fn branches_by_the_counter_and_its_second_byte() {
+    let code = by_count(64);
+    support::same_on(ALWAYS, || computer(&code));
+    let mut c = computer(&code);
+    translate(&mut c, ALWAYS);
+    finish(&mut c);
+    let left = c.cpu.translator_stats().unwrap().left;
+    assert!(left < 5, "{left} left to the interpreter");
+    let code = by_count(32);
+    support::same_on(ALWAYS, || {
+        let mut c = computer(&code);
+        c.cpu.state.seg[usize::from(anykvm_cpu::state::seg::CS)].attr = 0xc09b;
+        for n in 0..16 {
+            c.cpu.state.regs[n] &= 0xffff_ffff;
+        }
+        c.cpu.state_changed();
+        c
+    });
+}
+
+#[test]
+fn all_of_the_counter_is_looked_at() {
+    // JRCXZ and LOOP with 64 bits, JECXZ with the lower half; the target in another page.
+    same(|a| {
+        let mut far = a.create_label();
+        let mut back = a.create_label();
+        let mut top = a.create_label();
+        let mut next = a.create_label();
+        let mut last = a.create_label();
+        let mut begin = a.create_label();
+        a.jmp(begin)?;
+        for _ in 0..0xfa0 {
+            a.nop()?;
+        }
+        a.set_label(&mut begin)?;
+        a.mov(edi, 40)?;
+        a.set_label(&mut top)?;
+        a.mov(rcx, 1_u64 << 40)?;
+        a.jrcxz(far)?;
+        a.add(eax, 1)?;
+        a.loop_(next)?;
+        a.ud2()?;
+        a.set_label(&mut next)?;
+        a.add(rdx, rcx)?;
+        a.inc(rcx)?;
+        // JECXZ.
+        a.db(&[0x67])?;
+        a.jrcxz(far)?;
+        a.ud2()?;
+        for _ in 0..0x50 {
+            a.nop()?;
+        }
+        a.set_label(&mut far)?;
+        a.xor(ecx, ecx)?;
+        a.jrcxz(back)?;
+        a.ud2()?;
+        a.set_label(&mut back)?;
+        a.adc(rdx, rdi)?;
+        a.sub(edi, 1)?;
+        a.je(last)?;
+        a.jmp(top)?;
+        a.set_label(&mut last)?;
+        a.nop()
+    });
+}
+
+#[test]
+fn the_counter_counts_once_between_pages() {
+    same(|a| {
+        let mut top = a.create_label();
+        let mut begin = a.create_label();
+        let mut zero = a.create_label();
+        a.jmp(begin)?;
+        for _ in 0..0xff0 - 5 {
+            a.nop()?;
+        }
+        a.set_label(&mut begin)?;
+        a.mov(ecx, 50)?;
+        a.set_label(&mut top)?;
+        a.add(rax, rcx)?;
+        for _ in 0..0x10 {
+            a.nop()?;
+        }
+        // In the next page.
+        a.adc(rdx, rax)?;
+        a.loop_(top)?;
+        a.jrcxz(zero)?;
+        a.ud2()?;
+        a.set_label(&mut zero)?;
+        a.nop()
+    });
+}
