@@ -1,5 +1,5 @@
 //! Instructions that read or change a little of the state beside the registers: CLD, STD, RDTSC, RDTSCP,
-//! SERIALIZE at any privilege level, and at CPL 0 MOV from control registers and CLAC where RFLAGS.AC is clear
+//! SERIALIZE and MOV from segment registers at any privilege level, and at CPL 0 MOV from control registers and CLAC where RFLAGS.AC is clear
 //! anyhow, as it most often is at the entries of a kernel.
 //!
 //! What the processor offers by CPUID may change while translations stay, so [`Offers`] says it at run time.
@@ -7,13 +7,14 @@
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU64;
 
-use anykvm_cpu::state::{CpuState, Msrs, cr4, rflags};
+use anykvm_cpu::state::{CpuState, Msrs, Segment, cr4, rflags};
 use anykvm_cpu::{Cpu, Insn};
-use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
+use iced_x86::{Code, IcedError, Instruction, MemoryOperand, OpKind, Register};
 
 use crate::asm::{at, shared, slot};
 use crate::legacy::{Word, low_half};
-use crate::regs::{GUEST_RCX, Home, POINTER, SCRATCH, bit, home};
+use crate::memory::{Address, Use};
+use crate::regs::{GUEST_RCX, Home, POINTER, SCRATCH, bit, home, sized};
 use crate::shared::{Shared, Slot};
 use crate::translate::{Block, Done, Site};
 
@@ -80,6 +81,9 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
         Code::Std => direction(b, true),
         Code::Rdtsc | Code::Rdtscp if b.word == Word::Quad => time(b, insn, site),
         Code::Serialize => serialize(b, site),
+        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg => {
+            move_from_segment(b, insn, site)
+        }
         Code::Clac if b.supervisor => clear_access(b, site),
         Code::Mov_r64_cr if b.supervisor => match control_register(raw) {
             Some(offset) => move_from_control(b, offset, raw.op0_register()),
@@ -116,6 +120,40 @@ fn move_from_control(b: &mut Block, offset: usize, to: Register) -> Result<Done,
             b.a.load(SCRATCH, field(offset))?;
             b.a.store(slot(s), SCRATCH)?;
         }
+    }
+    Ok(Done::Next)
+}
+
+/// To memory it is 16 bits whatever the operand's size, to a register of 32 or 64 bits zero-extended.
+fn move_from_segment(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedError> {
+    let raw = &insn.raw;
+    let n = raw.op1_register().number();
+    let segment = offset_of!(CpuState, seg) + n * size_of::<Segment>();
+    let selector = field(segment + offset_of!(Segment, selector));
+    if raw.op0_kind() == OpKind::Memory {
+        let Some(address) = Address::of(insn, site.next).filter(Address::is_plain) else {
+            return Ok(Done::Unsupported);
+        };
+        let checked = b.check(&address, 2, Use::Write, site)?;
+        let to = b.operand(&checked, true)?;
+        b.a.load(SCRATCH, slot(Slot::State))?;
+        b.a.emit(Code::Movzx_r32_rm16, low_half(SCRATCH), selector)?;
+        b.access(&checked);
+        b.a.emit(Code::Mov_rm16_r16, to, Register::R15W)?;
+        b.resume_here(checked.exit);
+        return Ok(Done::Next);
+    }
+    // A part of a register in memory is the interpreter's.
+    let Home::Host(to) = home(raw.op0_register().full_register().number()) else {
+        return Ok(Done::Unsupported);
+    };
+    b.before_write(bit(to), None, false)?;
+    b.a.load(SCRATCH, slot(Slot::State))?;
+    match raw.op0_register().size() {
+        2 => {
+            b.a.emit(Code::Mov_r16_rm16, sized(to, Register::AX), selector)?
+        }
+        _ => b.a.emit(Code::Movzx_r32_rm16, low_half(to), selector)?,
     }
     Ok(Done::Next)
 }

@@ -406,3 +406,38 @@ fn serialize_fetches_code_anew() {
     assert_eq!(first.reg(reg::RCX), u64::from(TURNS) + 1);
     assert_eq!(first.reg(reg::RBX), 0, "old code was executed");
 }
+
+#[test]
+fn selectors_are_stored() {
+    let code = assemble(|a| {
+        let mut top = a.create_label();
+        a.mov(ecx, 40)?;
+        a.mov(esi, DATA as u32)?;
+        a.set_label(&mut top)?;
+        a.add(eax, ecx)?;
+        a.mov(word_ptr(rsi + rcx * 2), fs)?;
+        a.adc(edx, eax)?;
+        a.mov(ax, gs)?;
+        a.mov(r11, qword_ptr(rsi))?;
+        a.mov(ebx, es)?;
+        a.mov(rdi, ss)?;
+        a.rol(rdx, 7)?;
+        a.add(rdx, rdi)?;
+        a.add(rdx, rbx)?;
+        a.mov(r10d, esi)?;
+        a.mov(word_ptr(r10 + 0x200), ds)?;
+        a.sub(ecx, 1)?;
+        a.jne(top)
+    });
+    for computer in [computer, user] {
+        same_on(10, || {
+            let mut c = computer(&code);
+            for (n, s) in c.cpu.state.seg[..6].iter_mut().enumerate() {
+                if n != usize::from(seg::CS) && n != usize::from(seg::SS) {
+                    s.selector = 0x8123 + 8 * n as u16;
+                }
+            }
+            c
+        });
+    }
+}
