@@ -73,7 +73,6 @@ impl Vcpu {
             }
             if !slept {
                 self.machine().pause_stolen_time();
-                self.mark_preempted();
             }
             slept = true;
             crate::vcpu_stats::publish(self.stats(), &core.cpu);

@@ -50,7 +50,7 @@ pub(crate) const FEATURES: &[Feature] = &[
     feature!(KVM_FEATURE_STEAL_TIME, Host, "time that the vCPU's thread waited for a processor"),
     feature!(KVM_FEATURE_PV_EOI, Kvm, "the flag is never set: an end of interrupt leaves nothing"),
     feature!(KVM_FEATURE_PV_UNHALT, Kvm, "KVM_HC_KICK_CPU; needs a local APIC in KVM"),
-    feature!(KVM_FEATURE_PV_TLB_FLUSH, Host, "a vCPU that sleeps in HLT, or whose thread was interrupted, flushes its TLB later"),
+    feature!(KVM_FEATURE_PV_TLB_FLUSH, Host, "a vCPU whose thread was interrupted flushes its TLB later"),
     feature!(KVM_FEATURE_ASYNC_PF_VMEXIT, Absent, "no nested virtualisation"),
     feature!(KVM_FEATURE_PV_SEND_IPI, Kvm, "KVM_HC_SEND_IPI; needs a local APIC in KVM"),
     feature!(KVM_FEATURE_POLL_CONTROL, Kvm, "the guest may switch off polling in HLT"),

@@ -177,7 +177,7 @@ impl Vcpu {
     }
 
     /// The guest does not go on for now, and is between two instructions.
-    pub(crate) fn mark_preempted(&self) {
+    fn mark_preempted(&self) {
         if self.machine().mark_preempted() {
             self.count(VcpuStat::PreemptionReported);
         }

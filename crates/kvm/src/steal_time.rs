@@ -8,9 +8,10 @@
 //! the guest's `struct kvm_steal_time`; an entry with nothing new costs it a look at one flag.
 //!
 //! `preempted` there says whether the vCPU runs, as far as this process knows: nobody tells it when the host takes
-//! a thread off its processor. So a vCPU is marked when its thread sleeps in HLT, and when KVM_RUN ends between two
-//! instructions for a signal. Others then leave their TLB flushes to it (KVM_FEATURE_PV_TLB_FLUSH): it exchanges
-//! the byte for 0 before it executes anything.
+//! a thread off its processor. So a vCPU is marked when KVM_RUN ends between two instructions for a signal. Others
+//! then leave their TLB flushes to it (KVM_FEATURE_PV_TLB_FLUSH): it exchanges the byte for 0 before it executes
+//! anything. A vCPU that sleeps in HLT is not marked, as with Linux since 5.17: a guest's scheduler takes a marked
+//! processor for a busy one, and would wake no task there.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};

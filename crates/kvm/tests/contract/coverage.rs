@@ -91,7 +91,7 @@ const BODIES: &[fn()] = &[
     paravirt::the_guest_is_told_that_it_was_stopped,
     paravirt::init_switches_off_what_points_to_memory,
     preempted::a_flush_is_left_to_a_processor_that_was_interrupted,
-    preempted::a_processor_that_sleeps_in_hlt_is_marked,
+    preempted::a_processor_that_sleeps_in_hlt_is_not_marked,
     steal_time::the_guests_structure_is_added_to,
     system::api_version_and_mmap_size_take_no_argument,
     system::create_vm_knows_two_types,
