@@ -125,6 +125,10 @@ impl Cpu {
             self.requests.take(requests::EVENT);
             self.machine.clone().collect_events(&mut self.state);
             self.check_events = true;
+            // As in KVM before anything else, and before what asks for an exit: no state holds it.
+            if let Some(vector) = self.machine.take_ioapic_eoi() {
+                return Err(Exit::IoapicEoi { vector });
+            }
         }
         if pending & requests::EXITS != 0 {
             Err(Exit::Request)
@@ -152,10 +156,6 @@ impl Cpu {
         }
         if self.state.events.interrupt.injected {
             return self.deliver_interrupt();
-        }
-        if let Some(vector) = self.machine.take_ioapic_eoi() {
-            self.check_events = true;
-            return Err(Exit::IoapicEoi { vector });
         }
         if self.guest_debug.block_irq {
             // Looked at again when the debugger has changed its mind, which is an owner's call.

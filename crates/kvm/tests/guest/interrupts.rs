@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use anykvm::bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_MP_STATE_INIT_RECEIVED, kvm_enable_cap, kvm_msi,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MP_STATE_INIT_RECEIVED, KvmIrqRouting,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_msi, kvm_msi,
 };
-use anykvm::{Errno, VcpuExit, VcpuFd};
+use anykvm::{CountedTime, Errno, Kvm, VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::Guest;
@@ -160,6 +162,61 @@ fn msi_with_a_split_irqchip() {
         assert_eq!(guest.vm.signal_msi(msi), Ok(1));
         assert_eq!(vector(&mut vcpu), 0x41);
     }
+}
+
+/// The exit that tells of an EOI comes before anything else ends KVM_RUN: behind an EOI nothing that a VMM can
+/// save says that it has not heard of it.
+#[test]
+fn an_ioapic_eoi_is_told_before_a_run_ends() {
+    const LEVEL: u32 = 1 << 15 | 1 << 14;
+    let time = CountedTime {
+        start_ns: 0,
+        ns_per_instruction: 1,
+    };
+    let vm = Kvm::new().unwrap().create_vm_with_counted_time(time);
+    let guest = Guest::of(vm.unwrap(), 0);
+    let split = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        args: [24, 0, 0, 0],
+        ..Default::default()
+    };
+    guest.vm.enable_cap(&split).unwrap();
+    let route = kvm_irq_routing_entry {
+        gsi: 3,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            msi: kvm_irq_routing_msi {
+                address_lo: 0xfee0_0000,
+                data: LEVEL | 0x41,
+                ..Default::default()
+            },
+        },
+        ..Default::default()
+    };
+    let routes = KvmIrqRouting::from_entries(&[route]).unwrap();
+    guest.vm.set_gsi_routing(&routes).unwrap();
+    guest.handler(0x41, &[0x66, 0xc7, 0x06, 0xb0, 0x00, 0, 0, 0, 0]);
+    let enable = [0x66, 0xc7, 0x06, 0xf0, 0x00, 0xff, 0x01, 0, 0];
+    let mut vcpu = guest.vcpu(&[&enable[..], &WAIT].concat());
+    let mut sregs = vcpu.get_sregs().unwrap();
+    sregs.ds.base = 0xfee0_0000;
+    vcpu.set_sregs(&sregs).unwrap();
+    let (mut told, mut done) = (0, 0);
+    let mut served = false;
+    for _ in 0..200 {
+        match vcpu.run_counted(1, u64::MAX) {
+            Ok(VcpuExit::IoapicEoi(0x41)) => told += 1,
+            Ok(VcpuExit::IoOut(0xe9, _)) | Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => guest.vm.set_irq_line(3, true).unwrap(),
+            other => panic!("{other:?}"),
+        }
+        let lapic = vcpu.get_lapic().unwrap();
+        let serves = lapic.regs[0x120] & 2 != 0;
+        done += u32::from(served && !serves);
+        served = serves;
+        assert_eq!(told, done);
+    }
+    assert!(told > 2);
 }
 
 /// INIT forgets an NMI that came before it, whether somebody has looked at the vCPU meanwhile or not.
