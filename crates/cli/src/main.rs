@@ -3,12 +3,9 @@
 
 #![deny(unsafe_code)]
 
-mod boot;
-mod jit;
-mod run;
-
 use std::process::ExitCode;
 
+use anykvm_cli::{boot, run};
 use clap::{Parser, Subcommand};
 
 /// KVM without the hardware: virtual machines on any x86-64 Linux host.

@@ -12,6 +12,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod boot;
 pub mod campaign;
 pub mod machine;
 pub mod monitor;

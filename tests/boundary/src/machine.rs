@@ -4,7 +4,9 @@ use crate::ram::Ram;
 use anyhow::Result;
 use anykvm::bindings::{
     CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
-    kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use anykvm::{CountedTime, Kvm, Translation, TranslationMode, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -110,7 +112,11 @@ impl Machine {
                 vm.create_pit2(kvm_pit_config::default())?;
                 vm.register_irqfd(&irqfd, IRQFD_GSI)?;
             }
-            Chip::Split => enable(KVM_CAP_SPLIT_IRQCHIP, 24)?,
+            Chip::Split => {
+                enable(KVM_CAP_SPLIT_IRQCHIP, 24)?;
+                vm.set_gsi_routing(&split_routes()?)?;
+                vm.register_irqfd(&irqfd, IRQFD_GSI)?;
+            }
         }
         let vcpus = (0..setup.vcpus)
             .map(|id| vm.create_vcpu(id))
@@ -128,6 +134,29 @@ impl Machine {
 
 /// What each instruction takes: short timers take thousands of instructions, not millions.
 pub const NS_PER_INSTRUCTION: u64 = 100;
+
+/// Where a split irqchip's GSIs lead: to vCPU 0, each with a vector of its own. Every third is a level, whose
+/// EOI the monitor hears of.
+fn split_routes() -> Result<KvmIrqRouting> {
+    let routes: Vec<_> = (0..24)
+        .map(|gsi| {
+            let level = if gsi % 3 == 0 { 3 << 14 } else { 0 };
+            kvm_irq_routing_entry {
+                gsi,
+                type_: KVM_IRQ_ROUTING_MSI,
+                u: kvm_irq_routing_entry__bindgen_ty_1 {
+                    msi: kvm_irq_routing_msi {
+                        address_lo: 0xfee0_0000,
+                        data: 0x50 + gsi | level,
+                        ..Default::default()
+                    },
+                },
+                ..Default::default()
+            }
+        })
+        .collect();
+    Ok(KvmIrqRouting::from_entries(&routes)?)
+}
 
 /// The CPUID that vCPUs are given.
 pub fn cpuid(kvm: &Kvm) -> Result<CpuId> {

@@ -30,6 +30,10 @@ pub const MSI: u16 = 0x206;
 /// ... without controllers in the kernel: this vector, when the vCPU takes it.
 pub const VECTOR: u16 = 0x207;
 
+/// R13 while a program reads what KVM writes by its clock: in another VM the numbers would be others, and the
+/// program would begin again.
+pub const READING: u64 = 0x5ead_1776_c10c;
+
 /// Something that comes from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Injection {
@@ -43,6 +47,8 @@ pub enum Injection {
     Smi(usize),
     /// KVM_SIGNAL_MSI.
     Msi(u8),
+    /// Without controllers in the kernel: this vector, when vCPU 0 takes it.
+    Vector(u8),
 }
 
 /// A guest program, and what it runs in.
@@ -317,7 +323,10 @@ impl<'a> Session<'a> {
                 self.port(exit.address as u16, value)?;
             }
             "shutdown" => self.ended = true,
-            "hlt" if self.vectors.is_empty() => self.ended = true,
+            "hlt" if !self.vectors.is_empty() => {}
+            // Nothing happens before that.
+            "hlt" if self.next_injection().is_some() => self.inject()?,
+            "hlt" => self.ended = true,
             "?" => bail!("an exit that no program has: {}", self.dump()),
             _ => {}
         }
@@ -353,7 +362,8 @@ impl<'a> Session<'a> {
     fn inject(&mut self) -> Result<()> {
         let (_, injection) = self.program.injections[self.injected];
         self.injected += 1;
-        self.do_inject(injection)
+        self.do_inject(injection)?;
+        self.offer_vector()
     }
 
     fn do_inject(&mut self, injection: Injection) -> Result<()> {
@@ -366,6 +376,7 @@ impl<'a> Session<'a> {
                 vm.set_irq_line(gsi, false)?;
             }
             Injection::Signal => self.machine.irqfd.write(1)?,
+            Injection::Vector(vector) => self.vectors.push(vector),
             Injection::Nmi(vcpu) => self.machine.vcpus[vcpu].nmi()?,
             Injection::Smi(vcpu) => self.machine.vcpus[vcpu].smi()?,
             Injection::Msi(vector) => {
@@ -417,6 +428,16 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// Whether a vCPU reads what KVM writes by its clock.
+    pub fn reads_clock(&self) -> Result<bool> {
+        for vcpu in &self.machine.vcpus {
+            if vcpu.get_regs()?.r13 == READING {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Everything that can be read.
     pub fn save(&self) -> Result<Saved> {
         Saved::read(&self.machine)
@@ -429,6 +450,9 @@ impl<'a> Session<'a> {
         saved.write(&new)?;
         self.machine = new;
         if self.machine.setup.chip == Chip::None {
+            for (n, vcpu) in self.machine.vcpus.iter_mut().enumerate() {
+                vcpu.set_kvm_cr8(saved.cr8(n));
+            }
             // The new run pages say nothing yet.
             self.complete()?;
             self.machine.vcpus[self.current]

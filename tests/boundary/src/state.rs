@@ -1,6 +1,6 @@
 //! Everything a VMM can read of a VM and write into another: what migration and snapshots carry.
 
-use crate::machine::Machine;
+use crate::machine::{Chip, Machine};
 use crate::ram::PAGE;
 use anyhow::{Context, Result, ensure};
 use anykvm::bindings::{
@@ -9,11 +9,15 @@ use anykvm::bindings::{
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs2,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
-use anykvm::{Kvm, VcpuFd};
+use anykvm::{Kvm, VcpuFd, VmFd};
+use std::ops::Range;
 use std::sync::OnceLock;
 
 /// IA32_TSC_DEADLINE, which needs the APIC timer's mode first.
 const TSC_DEADLINE: u32 = 0x6e0;
+
+/// The MSRs with the addresses of [`State::written_by_kvm`].
+const WRITTEN: [(u32, usize); 3] = [(0x4b56_4d00, 12), (0x4b56_4d01, 32), (0x4b56_4d03, 64)];
 
 /// One vCPU's state.
 pub struct SavedVcpu {
@@ -32,12 +36,17 @@ pub struct SavedVcpu {
     tsc_offset: u64,
 }
 
-/// A VM's state.
-pub struct Saved {
+/// A VM's state without its memory.
+pub struct State {
     vcpus: Vec<SavedVcpu>,
     irqchips: Vec<kvm_irqchip>,
     pit: Option<kvm_pit_state2>,
     clock: kvm_clock_data,
+}
+
+/// A VM's state.
+pub struct Saved {
+    state: State,
     /// The pages that are not all zero.
     memory: Vec<(usize, Box<[u8; PAGE]>)>,
 }
@@ -113,7 +122,8 @@ impl SavedVcpu {
         vcpu.set_regs(&self.regs).context("REGS")?;
         vcpu.set_xcrs(&self.xcrs).context("XCRS")?;
         vcpu.set_xsave(&self.xsave).context("XSAVE")?;
-        vcpu.set_sregs2(&self.sregs).context("SREGS2")?;
+        vcpu.set_sregs2(&self.sregs)
+            .with_context(|| format!("SREGS2: {:x?}", self.sregs))?;
         self.write_msrs(vcpu, |index| index != TSC_DEADLINE)?;
         vcpu.vcpu()
             .set_tsc_offset(self.tsc_offset)
@@ -184,6 +194,15 @@ impl SavedVcpu {
     }
 }
 
+/// Makes those bytes of a page zero that are in one of these ranges. `at`: where the page begins.
+pub fn blank(page: &mut [u8; PAGE], at: usize, ranges: &[Range<usize>]) {
+    for range in ranges {
+        let start = range.start.clamp(at, at + PAGE) - at;
+        let end = range.end.clamp(at, at + PAGE) - at;
+        page[start..end].fill(0);
+    }
+}
+
 fn differing(a: &[u8], b: &[u8]) -> Option<usize> {
     if a == b {
         return None;
@@ -191,12 +210,10 @@ fn differing(a: &[u8], b: &[u8]) -> Option<usize> {
     a.iter().zip(b).position(|(a, b)| a != b)
 }
 
-impl Saved {
+impl State {
     /// Reads everything.
-    pub fn read(machine: &Machine) -> Result<Self> {
-        let chip = machine.setup.chip;
-        let vcpus = machine
-            .vcpus
+    pub fn read(vm: &VmFd, vcpus: &[VcpuFd], chip: Chip) -> Result<Self> {
+        let vcpus = vcpus
             .iter()
             .map(|vcpu| SavedVcpu::read(vcpu, chip.has_lapic()))
             .collect::<Result<_>>()?;
@@ -212,40 +229,52 @@ impl Saved {
                     chip_id: id,
                     ..Plain::zeroed()
                 };
-                machine.vm.get_irqchip(&mut one)?;
+                vm.get_irqchip(&mut one)?;
                 irqchips.push(one);
             }
-            pit = Some(machine.vm.get_pit2()?);
+            pit = Some(vm.get_pit2()?);
         }
         Ok(Self {
             vcpus,
             irqchips,
             pit,
-            clock: machine.vm.get_clock()?,
-            memory: machine.ram.pages(),
+            clock: vm.get_clock()?,
         })
     }
 
-    /// Writes everything into a new VM.
-    pub fn write(&self, machine: &Machine) -> Result<()> {
-        for (at, page) in &self.memory {
-            machine.ram.write(*at, &**page);
-        }
+    /// Writes everything into a new VM, whose memory is there already.
+    pub fn write(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<()> {
         let mut clock = self.clock;
         clock.flags = 0;
-        machine.vm.set_clock(&clock).context("CLOCK")?;
+        vm.set_clock(&clock).context("CLOCK")?;
         for chip in &self.irqchips {
-            machine.vm.set_irqchip(chip).context("IRQCHIP")?;
+            vm.set_irqchip(chip).context("IRQCHIP")?;
         }
         if let Some(pit) = &self.pit {
-            machine.vm.set_pit2(pit).context("PIT2")?;
+            vm.set_pit2(pit).context("PIT2")?;
         }
-        for (n, (saved, vcpu)) in self.vcpus.iter().zip(&machine.vcpus).enumerate() {
+        for (n, (saved, vcpu)) in self.vcpus.iter().zip(vcpus).enumerate() {
             saved
                 .write(vcpu)
                 .with_context(|| format!("KVM_SET of vCPU {n}"))?;
         }
         Ok(())
+    }
+
+    /// Where KVM writes to memory by the clock, and how many bytes: wall clock, clock and stolen time of each
+    /// vCPU. Versions and moments in there are those of the VM, only what they mean must not change.
+    pub fn written_by_kvm(&self) -> Vec<Range<usize>> {
+        let mut ranges = Vec::new();
+        for entry in self.vcpus.iter().flat_map(|v| &v.msrs) {
+            let known = WRITTEN.iter().find(|(msr, _)| *msr == entry.index);
+            if let Some((_, len)) = known
+                && entry.data != 0
+            {
+                let start = entry.data as usize & !3;
+                ranges.push(start..start + len);
+            }
+        }
+        ranges
     }
 
     /// The first thing that is different, readable.
@@ -270,13 +299,45 @@ impl Saved {
         if self.clock.clock != other.clock.clock {
             return Some(format!("CLOCK: {} {}", self.clock.clock, other.clock.clock));
         }
-        self.memory_difference(other)
+        None
+    }
+}
+
+impl Saved {
+    /// Reads everything.
+    pub fn read(machine: &Machine) -> Result<Self> {
+        Ok(Self {
+            state: State::read(&machine.vm, &machine.vcpus, machine.setup.chip)?,
+            memory: machine.ram.pages(),
+        })
+    }
+
+    /// Writes everything into a new VM.
+    pub fn write(&self, machine: &Machine) -> Result<()> {
+        for (at, page) in &self.memory {
+            machine.ram.write(*at, &**page);
+        }
+        self.state.write(&machine.vm, &machine.vcpus)
+    }
+
+    /// The first thing that is different, readable.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        let of_state = self.state.difference(&other.state);
+        of_state.or_else(|| self.memory_difference(other))
+    }
+
+    /// A vCPU's CR8.
+    pub fn cr8(&self, vcpu: usize) -> u64 {
+        self.state.vcpus[vcpu].sregs.cr8
     }
 
     fn memory_difference(&self, other: &Self) -> Option<String> {
+        let written = self.state.written_by_kvm();
         let page = |saved: &Self, at| {
             let n = saved.memory.binary_search_by_key(&at, |(at, _)| *at);
-            n.map_or([0; PAGE], |n| *saved.memory[n].1)
+            let mut page = n.map_or([0; PAGE], |n| *saved.memory[n].1);
+            blank(&mut page, at, &written);
+            page
         };
         for (at, _) in self.memory.iter().chain(&other.memory) {
             let (a, b) = (page(self, *at), page(other, *at));

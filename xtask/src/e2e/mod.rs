@@ -139,6 +139,13 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
         needs: Needs::Sources,
         body: Box::new(differential),
     });
+    tests.push(Test {
+        name: "boundary-boot".to_owned(),
+        cpus: 1,
+        limit: Duration::from_secs(10 * 60),
+        needs: Needs::Guest,
+        body: Box::new(boundary_boot),
+    });
     tests.extend(boot::tests());
     tests.extend(qemu::tests());
     tests.extend(linux::tests());
@@ -343,6 +350,18 @@ fn differential(bench: &Bench, test: &Test) -> Result<()> {
     print!("{}", outcome.output);
     if !outcome.status.success() {
         bail!("instructions differ");
+    }
+    Ok(())
+}
+
+/// The short form of `cargo xtask boundary boot`.
+fn boundary_boot(bench: &Bench, test: &Test) -> Result<()> {
+    let mut command = crate::boundary::command(bench.guest())?;
+    command.args(["boot", "--boot-translated", "--boot-moves", "200"]);
+    let outcome = process::run(&mut command, &bench.log(test), test.limit, &[])?;
+    print!("{}", outcome.output);
+    if !outcome.status.success() {
+        bail!("a boot that moves is not the same");
     }
     Ok(())
 }

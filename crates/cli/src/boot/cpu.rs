@@ -95,20 +95,22 @@ pub fn cpuid(supported: &CpuId, id: u8, count: u8, tsc_deadline: bool) -> Vec<kv
     entries
 }
 
-/// Gives a processor its CPUID.
+/// Gives a processor its CPUID; `change` sees each entry last.
 pub fn set_cpuid(
     kvm: &Kvm,
     vcpu: &VcpuFd,
     id: u8,
     count: u8,
     tsc_deadline: bool,
+    change: impl FnMut(&mut kvm_cpuid_entry2),
 ) -> Result<(), BootError> {
     const ENTRIES: usize = anykvm_abi::KVM_MAX_CPUID_ENTRIES;
     let supported = kvm
         .get_supported_cpuid(ENTRIES)
         .map_err(BootError::host("cannot get the supported CPUID"))?;
-    let entries = CpuId::from_entries(&cpuid(&supported, id, count, tsc_deadline))
-        .expect("CPUID leaves fit their table");
+    let mut entries = cpuid(&supported, id, count, tsc_deadline);
+    entries.iter_mut().for_each(change);
+    let entries = CpuId::from_entries(&entries).expect("CPUID leaves fit their table");
     vcpu.set_cpuid2(&entries)
         .map_err(BootError::host("cannot set CPUID"))
 }

@@ -9,32 +9,23 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use anykvm::{Cap, IoEventAddress, Kvm, Translation, Vcpu, VcpuExit, VcpuFd, VmFd};
-use anykvm_abi::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use anykvm::{IoEventAddress, Kvm, Translation, Vcpu, VcpuExit, VcpuFd, VmFd};
 use signal_hook::consts::SIGUSR1;
 use signal_hook::iterator::Signals;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::bus::{Bus, Effect, Stop};
 use super::console::{Console, Escape};
 use super::error::BootError;
+use super::guest::{Guest, GuestConfig};
 use super::interrupt::InterruptLine;
+use super::layout;
 use super::memory::MemorySize;
 use super::stats::Meter;
 use super::virtio::block::Block;
 use super::virtio::mmio::Transport;
-use super::{acpi, boot_params, cpu, kernel, layout, memory};
-
-/// All the BIOS there is: `mov al, 0xfe; out 0x64, al; hlt`, the keyboard controller's reset.
-const RESET_CODE: [u8; 5] = [
-    0xb0,
-    layout::I8042_RESET,
-    0xe6,
-    layout::I8042_COMMAND as u8,
-    0xf4,
-];
 
 /// What the machine is made of.
 pub struct Config {
@@ -71,35 +62,20 @@ struct Shared {
 impl Machine {
     /// Makes everything and loads the kernel. Files are looked at before the VM exists.
     pub fn new(config: &Config) -> Result<Self, BootError> {
-        let guest = Arc::new(memory::allocate(config.memory)?);
-        let loaded = kernel::load(&guest, &config.kernel)?;
-        let initrd = config
-            .initrd
-            .as_deref()
-            .map(|path| kernel::load_initrd(&guest, path, &loaded))
-            .transpose()?;
-        boot_params::write(
-            &guest,
-            config.memory.0,
-            &loaded,
-            initrd,
-            &config.command_line,
-        )?;
+        let guest = Guest::load(&GuestConfig {
+            kernel: &config.kernel,
+            initrd: config.initrd.as_deref(),
+            command_line: &config.command_line,
+            memory: config.memory,
+            cpus: config.cpus,
+            disks: config.disks.len(),
+        })?;
         let disks: Vec<Block> = config
             .disks
             .iter()
             .enumerate()
             .map(|(index, path)| Block::open(path, index))
             .collect::<Result<_, _>>()?;
-        let tables = acpi::tables(layout::ACPI_TABLES, config.cpus, disks.len());
-        guest
-            .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
-            .map_err(|error| BootError::Memory(error.to_string()))?;
-
-        guest
-            .write_slice(&RESET_CODE, GuestAddress(layout::RESET_VECTOR))
-            .map_err(|error| BootError::Memory(error.to_string()))?;
-
         let kvm = Kvm::new().map_err(BootError::host("cannot open KVM"))?;
         if usize::from(config.cpus) > kvm.get_max_vcpus() {
             return Err(BootError::Cpus(format!(
@@ -108,28 +84,25 @@ impl Machine {
                 kvm.get_max_vcpus()
             )));
         }
-        let vm = create_vm(&kvm)?;
+        let vm = kvm
+            .create_vm()
+            .map_err(BootError::host("cannot create a VM"))?;
         vm.set_translation(config.translation.clone())
             .map_err(BootError::host("cannot set how guest code is run"))?;
-        memory::register(&vm, &guest)?;
+        guest.equip_vm(&vm)?;
         let console = Console::new(InterruptLine::new(&vm, layout::SERIAL_GSI)?);
         let disks = disks
             .into_iter()
             .enumerate()
-            .map(|(index, block)| add_disk(&vm, &guest, index, block))
+            .map(|(index, block)| add_disk(&vm, &guest.memory, index, block))
             .collect::<Result<_, _>>()?;
 
-        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let mut vcpus = Vec::new();
         for id in 0..config.cpus {
             let vcpu = vm
                 .create_vcpu(u64::from(id))
                 .map_err(BootError::host("cannot create a processor"))?;
-            cpu::set_cpuid(&kvm, &vcpu, id, config.cpus, tsc_deadline)?;
-            cpu::set_msrs(&vcpu)?;
-            if id == 0 {
-                cpu::set_entry(&vcpu, &guest, loaded.entry)?;
-            }
+            guest.prepare_vcpu(&kvm, &vcpu, id, |_| {})?;
             vcpus.push(vcpu);
         }
         let objects = vcpus.iter().map(|vcpu| Arc::clone(vcpu.vcpu())).collect();
@@ -142,7 +115,7 @@ impl Machine {
                 stop,
                 vcpus: objects,
                 dumps: AtomicU32::new(0),
-                _memory: guest,
+                _memory: guest.memory,
             }),
             vcpus,
             stops,
@@ -276,24 +249,6 @@ impl Shared {
             }
         }
     }
-}
-
-fn create_vm(kvm: &Kvm) -> Result<VmFd, BootError> {
-    let vm = kvm
-        .create_vm()
-        .map_err(BootError::host("cannot create a VM"))?;
-    vm.set_identity_map_address(layout::IDENTITY_MAP)
-        .map_err(BootError::host("cannot set the identity map's address"))?;
-    vm.set_tss_address(layout::TSS)
-        .map_err(BootError::host("cannot set the TSS address"))?;
-    vm.create_irq_chip()
-        .map_err(BootError::host("cannot create the interrupt controllers"))?;
-    vm.create_pit2(kvm_pit_config {
-        flags: KVM_PIT_SPEAKER_DUMMY,
-        ..Default::default()
-    })
-    .map_err(BootError::host("cannot create the timer"))?;
-    Ok(vm)
 }
 
 /// Puts a disk behind window `index`: its bell is an ioeventfd, its interrupt an irqfd.

@@ -2,17 +2,18 @@
 //! the terminal, block devices, hardware-reduced ACPI; no PCI, no firmware. It is the project's own
 //! first user and the harness for its tests and benchmarks.
 
-mod acpi;
+pub mod acpi;
 mod boot_params;
 mod bus;
 mod console;
 mod cpu;
-mod error;
+pub mod error;
+pub mod guest;
 mod interrupt;
-mod kernel;
-mod layout;
+pub mod kernel;
+pub mod layout;
 mod machine;
-mod memory;
+pub mod memory;
 mod stats;
 mod terminal;
 mod virtio;

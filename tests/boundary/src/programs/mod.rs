@@ -8,6 +8,7 @@ use crate::monitor::{Injection, Program};
 use anyhow::Result;
 use anykvm::Kvm;
 use anykvm_differential::random::Random;
+use iced_x86::code_asm::CodeAssembler;
 
 type Make = fn(&Kvm, &mut Random) -> Result<Program>;
 
@@ -27,6 +28,9 @@ pub const FAMILIES: &[Family] = &[
     family("devices", devices),
     family("vectors", vectors),
     family("smp", smp),
+    family("split", split),
+    family("userspace", userspace),
+    family("paravirt", paravirt),
     family("everything", everything),
 ];
 
@@ -56,6 +60,12 @@ fn long_program(name: &str, random: &mut Random, code: Vec<u8>) -> Program {
 fn interrupts(_: &Kvm, random: &mut Random) -> Result<Program> {
     let code = pieces::program(random, &[pieces::INTERRUPTS, pieces::PLAIN])?;
     let mut program = long_program("interrupts", random, code);
+    interrupt(random, &mut program);
+    Ok(program)
+}
+
+/// Interrupts of every kind from outside.
+fn interrupt(random: &mut Random, program: &mut Program) {
     let mut at = 20_000;
     for _ in 0..10 {
         at += random.below(30_000);
@@ -65,6 +75,58 @@ fn interrupts(_: &Kvm, random: &mut Random) -> Result<Program> {
             2 => Injection::Pulse(random.below(16) as u32),
             3 => Injection::Msi(0x50 + random.below(8) as u8),
             _ => Injection::Pulse(16 + random.below(8) as u32),
+        };
+        program.injections.push((at, injection));
+    }
+}
+
+/// The local APIC in the kernel, the rest the monitor's.
+fn split(_: &Kvm, random: &mut Random) -> Result<Program> {
+    let code = pieces::program(random, &[pieces::INTERRUPTS, pieces::PLAIN])?;
+    let mut program = long_program("split", random, code);
+    program.setup.chip = Chip::Split;
+    interrupt(random, &mut program);
+    Ok(program)
+}
+
+/// No controllers in the kernel.
+fn userspace(_: &Kvm, random: &mut Random) -> Result<Program> {
+    let kinds = [
+        pieces::NO_CHIP,
+        pieces::IO,
+        pieces::EXCEPTIONS,
+        pieces::PLAIN,
+    ];
+    let nothing = |_: &mut CodeAssembler, _: &mut Random| Ok(());
+    let code = pieces::program_with(random, nothing, &kinds, |a| a.cli())?;
+    let mut program = long_program("userspace", random, code);
+    program.setup.chip = Chip::None;
+    let mut at = 10_000;
+    for _ in 0..20 {
+        at += random.below(20_000);
+        let injection = match random.below(6) {
+            0 => Injection::Nmi(0),
+            1 => Injection::Smi(0),
+            _ => Injection::Vector(0x30 + random.below(0xc0) as u8),
+        };
+        program.injections.push((at, injection));
+    }
+    Ok(program)
+}
+
+/// Clock pages and stolen time.
+fn paravirt(_: &Kvm, random: &mut Random) -> Result<Program> {
+    let kinds = [pieces::PARAVIRT, pieces::INTERRUPTS, pieces::PLAIN];
+    let code = pieces::program_with(random, pieces::set_up_paravirt, &kinds, |a| a.cli())?;
+    let mut program = long_program("paravirt", random, code);
+    // No NMI, which would come while the clock is read.
+    let mut at = 20_000;
+    for _ in 0..8 {
+        at += random.below(30_000);
+        let injection = match random.below(3) {
+            0 => Injection::Signal,
+            1 => Injection::Pulse(random.below(24) as u32),
+            _ => Injection::Msi(0x50 + random.below(8) as u8),
         };
         program.injections.push((at, injection));
     }
@@ -87,7 +149,13 @@ fn injections(random: &mut Random, program: &mut Program, count: u64, apart: u64
 }
 
 fn exceptions(_: &Kvm, random: &mut Random) -> Result<Program> {
-    let code = pieces::program(random, &[pieces::EXCEPTIONS, pieces::PLAIN])?;
+    let end = if random.once_in(4) {
+        pieces::triple_fault
+    } else {
+        |a: &mut CodeAssembler| a.cli()
+    };
+    let kinds = [pieces::EXCEPTIONS, pieces::PLAIN];
+    let code = pieces::program_with(random, pieces::set_up, &kinds, end)?;
     let mut program = long_program("exceptions", random, code);
     injections(random, &mut program, 8, 60_000);
     Ok(program)

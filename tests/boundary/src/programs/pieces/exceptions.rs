@@ -176,6 +176,16 @@ fn double_fault(a: &mut CodeAssembler, random: &mut Random) -> Result<(), IcedEr
     a.popfq()
 }
 
+/// The last thing a program does: there are no handlers any more.
+pub fn triple_fault(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let at = DATA as i32 + 0x120;
+    a.cli()?;
+    a.mov(qword_ptr(at), 0)?;
+    a.mov(qword_ptr(at + 8), 0)?;
+    a.lidt(ptr(at))?;
+    a.ud2()
+}
+
 /// To CPL 3 and back by SYSCALL.
 fn user_mode(a: &mut CodeAssembler, random: &mut Random) -> Result<(), IcedError> {
     let (mut user, mut back) = (a.create_label(), a.create_label());

@@ -6,13 +6,17 @@ mod debug;
 mod exceptions;
 mod interrupts;
 mod io;
+mod no_chip;
+mod paravirt;
 mod smp;
 mod vectors;
 
 pub use debug::DEBUG;
-pub use exceptions::EXCEPTIONS;
+pub use exceptions::{EXCEPTIONS, triple_fault};
 pub use interrupts::INTERRUPTS;
 pub use io::IO;
+pub use no_chip::NO_CHIP;
+pub use paravirt::{PARAVIRT, set_up_paravirt};
 pub use smp::second_processors;
 pub use vectors::VECTORS;
 
@@ -26,6 +30,16 @@ pub type Pieces = (&'static [Piece], u64);
 
 /// A program: controllers and timers set up, then pieces in a loop.
 pub fn program(random: &mut Random, kinds: &[Pieces]) -> anyhow::Result<Vec<u8>> {
+    program_with(random, set_up, kinds, |a| a.cli())
+}
+
+/// A program with another beginning and end.
+pub fn program_with(
+    random: &mut Random,
+    set_up: Piece,
+    kinds: &[Pieces],
+    end: fn(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> anyhow::Result<Vec<u8>> {
     long::assemble(|a| {
         set_up(a, random)?;
         let mut top = a.create_label();
@@ -35,7 +49,7 @@ pub fn program(random: &mut Random, kinds: &[Pieces]) -> anyhow::Result<Vec<u8>>
         pieces(a, random, kinds, count)?;
         a.dec(r14d)?;
         a.jne(top)?;
-        a.cli()
+        end(a)
     })
 }
 
@@ -78,7 +92,7 @@ fn write_ioapic(a: &mut CodeAssembler, register: u8, value: u32) -> Result<(), I
 }
 
 /// PIC, I/O APIC (edges and levels), local APIC.
-fn set_up(a: &mut CodeAssembler, random: &mut Random) -> Result<(), IcedError> {
+pub fn set_up(a: &mut CodeAssembler, random: &mut Random) -> Result<(), IcedError> {
     for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1)] {
         write_port(a, port, value)?;
     }
@@ -125,11 +139,14 @@ fn integers(a: &mut CodeAssembler, random: &mut Random) -> Result<(), IcedError>
 fn strings(a: &mut CodeAssembler, random: &mut Random) -> Result<(), IcedError> {
     a.mov(esi, DATA as u32 + random.below(0x2000) as u32)?;
     a.mov(edi, DATA as u32 + 0x8000 + random.below(0x2000) as u32)?;
-    a.mov(ecx, 1 + random.below(40) as u32)?;
-    match random.below(4) {
+    let long = random.once_in(16);
+    a.mov(ecx, 1 + random.below(if long { 700 } else { 40 }) as u32)?;
+    match random.below(6) {
         0 => a.rep().movsb(),
         1 => a.rep().movsq(),
         2 => a.rep().stosd(),
+        3 => a.repne().scasd(),
+        4 => a.rep().lodsw(),
         _ => a.repe().cmpsw(),
     }
 }
