@@ -30,7 +30,8 @@ pub struct Summary {
 }
 
 /// Makes programs of all families in turn until there were enough moves. Every second program of a family
-/// is translated. Two of four are moved after each turn or instruction, the others now and then.
+/// is translated. Two of four are moved after each turn or instruction, the others now and then; none so often that
+/// there are not two of each family.
 pub fn run(campaign: &Campaign) -> Result<Summary> {
     let kvm = Kvm::new()?;
     let wanted = |name: &str| campaign.filter.as_ref().is_none_or(|f| name.contains(f));
@@ -43,6 +44,7 @@ pub fn run(campaign: &Campaign) -> Result<Summary> {
     }
     let mut done = Summary::default();
     let (start, mut told) = (Instant::now(), 0);
+    let share = (campaign.points / (2 * families.len() as u64)).max(20);
     for round in 0.. {
         for family in &families {
             let seed = campaign.seed.wrapping_mul(1_000_000).wrapping_add(round);
@@ -59,7 +61,14 @@ pub fn run(campaign: &Campaign) -> Result<Summary> {
             } else {
                 TranslationMode::Off
             };
-            match run::check(&kvm, &program, engine, || 1 + random.below(most)) {
+            let mut begun = false;
+            let gap = |moves| match moves {
+                // Not always its beginning.
+                0 if !std::mem::replace(&mut begun, true) => 1 + random.below(2000),
+                _ if moves < share => 1 + random.below(most),
+                _ => u64::MAX,
+            };
+            match run::check(&kvm, &program, engine, gap) {
                 Ok(moves) => done.points += moves,
                 Err(error) => done
                     .failures

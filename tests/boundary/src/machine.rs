@@ -147,7 +147,7 @@ fn split_routes() -> Result<KvmIrqRouting> {
                 u: kvm_irq_routing_entry__bindgen_ty_1 {
                     msi: kvm_irq_routing_msi {
                         address_lo: 0xfee0_0000,
-                        data: 0x50 + gsi | level,
+                        data: (0x50 + gsi) | level,
                         ..Default::default()
                     },
                 },

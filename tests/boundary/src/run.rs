@@ -61,8 +61,8 @@ fn check_cuts(kvm: &Kvm, program: &Program) -> Result<Outcome> {
     let ways: [(_, _, _, Pause); 5] = [
         ("translated", Always, Part::ALL, |_| Ok(())),
         ("cut", Off, one, |_| Ok(())),
-        ("completed", Off, one, |s| s.complete()),
-        ("read", Off, one, |s| {
+        ("completed", Off, Part::Turns(3), |s| s.complete()),
+        ("read", Off, Part::Turns(7), |s| {
             s.complete()?;
             s.save().map(|_| ())
         }),
@@ -76,13 +76,13 @@ fn check_cuts(kvm: &Kvm, program: &Program) -> Result<Outcome> {
 }
 
 /// Runs a program to its end and moves it to a new VM after parts of as many instructions as `gap` says each
-/// time. What moves is interpreted, and the parts are turns; or translated, and compared with the interpreter.
+/// time, by how often it has been moved. What moves is interpreted, and the parts are turns; or translated, and compared with the interpreter.
 /// Returns how often it was moved. An error is the first difference.
 pub fn check(
     kvm: &Kvm,
     program: &Program,
     engine: TranslationMode,
-    mut gap: impl FnMut() -> u64,
+    mut gap: impl FnMut(u64) -> u64,
 ) -> Result<u64> {
     let outcome = check_cuts(kvm, program)?;
     let mut still = Session::new(kvm, program, TranslationMode::Off)?;
@@ -90,8 +90,8 @@ pub fn check(
     let mut moves = 0;
     loop {
         let part = match engine {
-            TranslationMode::Off => Part::Turns(gap()),
-            _ => Part::Instructions(gap()),
+            TranslationMode::Off => Part::Turns(gap(moves)),
+            _ => Part::Instructions(gap(moves)),
         };
         let at = |what: &str| format!("{engine:?}, {what}, move {moves} ({part:?})");
         let stops = (still.advance(part)?, moving.advance(part)?);
