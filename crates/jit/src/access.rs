@@ -25,7 +25,7 @@ use crate::shared::Shared;
 use crate::sharing::{Group, Member};
 use crate::stubs::Stub;
 use crate::translate::{Block, Site};
-use crate::window;
+use crate::window::{self, Moves};
 
 /// An access whose check has been emitted.
 #[derive(Clone, Copy, Debug)]
@@ -37,17 +37,32 @@ pub(crate) struct Checked {
     pub exit: usize,
 }
 
-/// A window to be filled, out of line.
+/// A window that was missed, out of line.
 pub(crate) struct Probe {
     /// The branch that leads here.
     from: Hole,
-    /// Where to go on.
+    /// Where to go on, with the linear address in R15.
     back: usize,
+    /// The same behind the test whether it is a multiple of what it has to be.
+    aligned: usize,
     /// The window, and the size it is for.
     window: (u32, usize),
+    address: Address,
     bytes: Bytes,
+    kind: Kind,
     /// Where to go if the bytes are not in the TLB: the exit.
     miss: usize,
+}
+
+/// What a window is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// One access.
+    Alone,
+    /// Several, which take the addend from the window.
+    Group,
+    /// All accesses to the stack.
+    Stack,
 }
 
 /// A level-1 entry to be filled, out of line.
@@ -132,14 +147,34 @@ impl Block {
         match self.sharing.find(site.k) {
             Some((member, group)) if member.is(address, size) => {
                 let group = group.clone();
-                if group.is_shared() {
+                if let Some(hoisted) = self.hoisted(address, member.group, site) {
+                    return Ok(hoisted);
+                }
+                let probes = self.probes.len();
+                let checked = if group.is_shared() {
                     self.check_shared(address, &bytes, member, &group, site)
                 } else {
                     self.check_alone(address, &bytes, site)
+                };
+                if let Some(probe) = self.probes.get(probes).filter(|p| p.kind != Kind::Stack) {
+                    self.windowed
+                        .push((member.group, probe.window.0, probe.bytes.align));
                 }
+                checked
             }
             _ => self.check_once(address, &bytes, site),
         }
+    }
+
+    /// An access of a group that was checked before the block began.
+    fn hoisted(&mut self, address: &Address, group: usize, site: Site) -> Option<Checked> {
+        let (_, window) = *self.hoisted.iter().find(|(g, _)| *g == group)?;
+        let exit = self.leave_from(&[], site);
+        Some(Checked {
+            address: *address,
+            addend: Some(window::addend(window)),
+            exit,
+        })
     }
 
     /// A check at level 1 of the TLB for one access.
@@ -175,12 +210,12 @@ impl Block {
         bytes: &Bytes,
         site: Site,
     ) -> Result<Checked, IcedError> {
-        let Some(window) = self.new_window(bytes) else {
+        let Some((window, kind)) = self.window_for(address, bytes, Kind::Alone) else {
             return self.check_once(address, bytes, site);
         };
         self.flags.release_by_scratch(&mut self.a)?;
         let exit = self.leave_from(&[], site);
-        self.check_window(address, bytes, window, exit)?;
+        self.check_window(address, bytes, window, kind, exit)?;
         Ok(Checked::alone(address, exit))
     }
 
@@ -227,14 +262,18 @@ impl Block {
         site: Site,
     ) -> Result<i64, IcedError> {
         let fail = self.apart_from(site);
-        let place = match self.new_window(bytes) {
-            Some(window) => {
-                self.check_window(address, bytes, window, fail)?;
+        let place = match self.window_for(address, bytes, Kind::Group) {
+            Some((window, Kind::Group)) => {
+                self.check_window(address, bytes, window, Kind::Group, fail)?;
                 window::addend(window.0)
             }
-            None => {
-                let misses = memory::check(&mut self.a, address, bytes)?;
-                self.refill_or(misses, bytes.usage, fail);
+            other => {
+                if let Some((window, kind)) = other {
+                    self.check_window(address, bytes, window, kind, fail)?;
+                } else {
+                    let misses = memory::check(&mut self.a, address, bytes)?;
+                    self.refill_or(misses, bytes.usage, fail);
+                }
                 let place = (offset_of!(Shared, kept) + number * 8) as i64;
                 self.a.store(shared(place), POINTER)?;
                 place
@@ -250,6 +289,7 @@ impl Block {
         address: &Address,
         bytes: &Bytes,
         window: (u32, usize),
+        kind: Kind,
         miss: usize,
     ) -> Result<(), IcedError> {
         address.compute(&mut self.a, SCRATCH, bytes.from)?;
@@ -257,39 +297,72 @@ impl Block {
         // Not below the limit.
         let from = self.a.jcc(3);
         self.a.load(POINTER, shared(window::addend(window.0)))?;
-        self.probes.push(Probe {
-            from,
-            back: self.a.here(),
-            window,
-            bytes: *bytes,
-            miss,
-        });
+        let back = self.a.here();
         let unaligned = memory::test_alignment(&mut self.a, bytes.align)?;
         if let Some(unaligned) = unaligned {
             self.exits.lead(unaligned, miss);
         }
+        self.probes.push(Probe {
+            from,
+            back,
+            aligned: self.a.here(),
+            window,
+            address: *address,
+            bytes: *bytes,
+            kind,
+            miss,
+        });
         Ok(())
     }
 
-    /// A window for an access and the size it is for, if the block is to use windows and one is left.
-    fn new_window(&mut self, bytes: &Bytes) -> Option<(u32, usize)> {
-        self.windows.as_mut()?.take(bytes)
+    /// A window for an access, with the size it is for, if it is to use one and one is left; and what it is for,
+    /// the stack or what it is wanted for.
+    fn window_for(
+        &mut self,
+        address: &Address,
+        bytes: &Bytes,
+        wanted: Kind,
+    ) -> Option<((u32, usize), Kind)> {
+        if self.stack_windows && address.is_at_stack() {
+            return Some((window::of_stack(bytes, self.user)?, Kind::Stack));
+        }
+        Some((self.windows.as_mut()?.take(bytes)?, wanted))
     }
 
     /// Emits the out-of-line pieces that fill windows and entries.
     pub fn emit_probes(&mut self) -> Result<(), IcedError> {
-        self.emit_refills();
         for probe in std::mem::take(&mut self.probes) {
-            self.a.land(probe.from);
-            let (number, size) = probe.window;
-            window::prepare_probe(&mut self.a, number, size, &probe.bytes)?;
-            let call = self.a.call();
-            self.outward.push((call, Stub::Probe(probe.bytes.usage)));
-            let miss = self.a.jne();
-            self.exits.lead(miss, probe.miss);
-            let back = self.a.jmp();
-            self.a.fill(back, probe.back);
+            self.emit_probe(&probe)?;
         }
+        self.emit_refills();
+        Ok(())
+    }
+
+    fn emit_probe(&mut self, probe: &Probe) -> Result<(), IcedError> {
+        self.a.land(probe.from);
+        let (address, bytes) = (&probe.address, &probe.bytes);
+        let (number, size) = probe.window;
+        if probe.kind == Kind::Alone {
+            let last = bytes.from + bytes.count as i64 - 1;
+            address.compute(&mut self.a, POINTER, last)?;
+            let moves = window::should_move(&mut self.a, number)?;
+            self.check_at(address, bytes, probe.miss)?;
+            let on = self.a.jmp();
+            self.a.fill(on, probe.aligned);
+            self.a.land(moves);
+        }
+        address.compute(&mut self.a, SCRATCH, bytes.from)?;
+        window::prepare_probe(&mut self.a, number, size, bytes);
+        let call = self.a.call();
+        let moves = match probe.kind {
+            Kind::Alone | Kind::Group => Moves::Always,
+            Kind::Stack => Moves::Sometimes,
+        };
+        self.outward.push((call, Stub::Probe(bytes.usage, moves)));
+        let miss = self.a.jne();
+        self.exits.lead(miss, probe.miss);
+        let back = self.a.jmp();
+        self.a.fill(back, probe.back);
         Ok(())
     }
 

@@ -13,6 +13,7 @@ use crate::asm::{Asm, Constant, Hole, at, slot};
 use crate::exits::Wish;
 use crate::flags::Flags;
 use crate::legacy::Word;
+use crate::loops;
 use crate::memory::{Address, Use};
 use crate::regs::{GUEST_RCX, GUEST_RSP, Home, POINTER, SCRATCH, bit, home};
 use crate::shared::Slot;
@@ -92,8 +93,12 @@ fn in_page(offset: i64) -> bool {
 fn conditional(b: &mut Block, insn: &Insn, site: Site, last: bool) -> Result<Done, IcedError> {
     b.flags.restore(&mut b.a)?;
     let condition = insn.raw.condition_code() as u8;
+    let to = target(insn, site);
+    if last && to == b.start && loops::close(b, jcc_number(condition), site)? {
+        return Ok(Done::Ends);
+    }
     let taken = b.a.jcc(jcc_number(condition));
-    branch_to(b, taken, target(insn, site), site);
+    branch_to(b, taken, to, site);
     if !last {
         return Ok(Done::Next);
     }

@@ -138,7 +138,7 @@ impl Block {
 
     /// After the interpreter has carried out the instruction of this exit, go on here.
     pub fn resume_here(&mut self, exit: usize) {
-        if self.x87 || self.fault_exit == Some(exit) {
+        if self.x87 || self.repeating.is_some() || self.fault_exit == Some(exit) {
             return;
         }
         self.a.pointer = None;

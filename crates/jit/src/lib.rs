@@ -31,6 +31,7 @@ mod forms;
 mod legacy;
 pub mod listing;
 mod lockstep;
+mod loops;
 mod memory;
 mod plan;
 mod privilege;

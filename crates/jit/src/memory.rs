@@ -11,7 +11,7 @@ use iced_x86::{Code, IcedError, MemoryOperand, Register};
 
 use crate::asm::{Asm, Constant, Hole, at, indexed, slot};
 use crate::legacy::{Word, low_half};
-use crate::regs::{Home, POINTER, SCRATCH, home};
+use crate::regs::{GUEST_RSP, Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
 
 /// The address of a guest operand.
@@ -104,6 +104,23 @@ impl Address {
         }
     }
 
+    /// `base + (index << scale) + displacement` of a 64-bit guest's registers.
+    pub fn sum(base: u8, index: u8, scale: u8, displacement: i64) -> Self {
+        let base = match base {
+            reg::RIP => Part::Memory(Slot::Page),
+            n => part(n),
+        };
+        Self {
+            base,
+            index: part(index),
+            scale: 1 << scale,
+            displacement,
+            narrow: false,
+            segment: None,
+            legacy: false,
+        }
+    }
+
     /// A linear address that is in memory.
     pub fn linear(place: Slot) -> Self {
         Self {
@@ -142,6 +159,11 @@ impl Address {
             Some(Slot::GsBase) if self.legacy => Slot::WholeGsAsn,
             _ => Slot::Asn,
         }
+    }
+
+    /// Whether it is a constant distance from RSP.
+    pub fn is_at_stack(&self) -> bool {
+        self.base == Part::Host(GUEST_RSP) && self.index == Part::None && self.segment.is_none()
     }
 
     /// The constant part.

@@ -77,6 +77,8 @@ pub struct Shared {
     pub sides: [Side; 2],
     /// What a change of the privilege level saves.
     pub change: [u64; 4],
+    /// What a register will hold when a loop has to be checked again ([`crate::loops`]).
+    pub loop_end: u64,
     /// Addends that accesses of the running block share.
     pub kept: [u64; GROUPS],
     /// See [`crate::window`].
@@ -137,6 +139,7 @@ pub enum Slot {
     Change1 = 392,
     Change2 = 400,
     Change3 = 408,
+    LoopEnd = 416,
 }
 
 const _: () = {
@@ -152,6 +155,7 @@ const _: () = {
     assert!(offset_of!(Shared, probe) == Slot::Probe0 as usize);
     assert!(offset_of!(Shared, refill) == Slot::Refill0 as usize);
     assert!(offset_of!(Shared, ready) == Slot::Ready as usize);
+    assert!(offset_of!(Shared, loop_end) == Slot::LoopEnd as usize);
     assert!(offset_of!(Shared, view) == Slot::View as usize);
     assert!(offset_of!(Shared, quiet) == Slot::Quiet as usize);
     assert!(offset_of!(Shared, sides) == Slot::Sides as usize);

@@ -13,11 +13,12 @@
 use anykvm_cpu::Insn;
 use anykvm_cpu::decode::SEG_CHECKED;
 use anykvm_cpu::state::{reg, seg};
-use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind};
+use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 use crate::legacy::Word;
 use crate::memory::{Address, Use};
 use crate::plan::Plan;
+use crate::regs::{Home, home};
 use crate::simple;
 use crate::translate::Site;
 use crate::vectors::may_need_alignment;
@@ -104,6 +105,17 @@ pub(crate) struct Sharing {
     groups: Vec<Group>,
     /// For each instruction its access.
     members: Vec<Option<Member>>,
+    /// The registers behind the last instruction.
+    end: Registers,
+}
+
+/// How a group's lowest byte moves if the block is executed again and again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moving {
+    /// Where it is when the block begins.
+    pub address: Address,
+    /// How far it is from there the next time.
+    pub step: i64,
 }
 
 /// The memory operand of an instruction.
@@ -213,11 +225,18 @@ struct Key {
 }
 
 /// Each register as a symbol plus a constant.
+#[derive(Debug)]
 struct Registers {
     values: [(Symbol, i64); 16],
     /// What the bases of FS and GS are.
     segments: [Symbol; 2],
     next: u32,
+}
+
+impl Default for Registers {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Registers {
@@ -226,6 +245,19 @@ impl Registers {
             values: std::array::from_fn(|n| (Symbol(n as u32 + 2), 0)),
             segments: [Symbol(18), Symbol(19)],
             next: 20,
+        }
+    }
+
+    /// The register that a symbol says is what it was at first, and how much has been added to it since.
+    fn step(&self, symbol: Symbol) -> Option<(u8, i64)> {
+        match symbol {
+            NOTHING => Some((reg::ZERO, 0)),
+            PAGE => Some((reg::RIP, 0)),
+            Symbol(n) => {
+                let n = n.checked_sub(2).filter(|n| *n < 16)?;
+                let (now, step) = self.values[n as usize];
+                (now == symbol).then_some((n as u8, step))
+            }
         }
     }
 
@@ -277,7 +309,7 @@ impl Registers {
     }
 
     /// What an instruction does to the registers.
-    fn step(
+    fn follow(
         &mut self,
         insn: &Insn,
         site: Site,
@@ -396,7 +428,7 @@ impl Sharing {
                     size: access.size,
                 });
             members.push(member);
-            registers.step(insn, site, plan, factory);
+            registers.follow(insn, site, plan, factory);
             at = next;
         }
         let mut number = 0;
@@ -405,7 +437,11 @@ impl Sharing {
             group.number = number;
             number += usize::from(group.is_shared());
         }
-        let mut sharing = Self { groups, members };
+        let mut sharing = Self {
+            groups,
+            members,
+            end: registers,
+        };
         sharing.dissolve();
         for m in sharing.members.iter_mut().flatten() {
             m.offset -= sharing.groups[m.group].low;
@@ -429,6 +465,32 @@ impl Sharing {
     pub fn find(&self, k: usize) -> Option<(Member, &Group)> {
         let member = (*self.members.get(k)?)?;
         Some((member, self.groups.get(member.group)?))
+    }
+
+    /// How a group moves, if it does so by a constant.
+    pub fn moving(&self, group: usize) -> Option<Moving> {
+        let group = self.groups.get(group)?;
+        let key = group.key;
+        if key.segment != NOTHING {
+            return None;
+        }
+        let (base, by) = self.end.step(key.base)?;
+        let (index, index_by) = self.end.step(key.index)?;
+        let step = index_by.checked_mul(1 << key.scale)?.checked_add(by)?;
+        Some(Moving {
+            address: Address::sum(base, index, key.scale, group.low),
+            step,
+        })
+    }
+
+    /// A host register in which the block leaves another number than it finds, by a constant.
+    pub fn counter(&self) -> Option<(Register, i64)> {
+        let steps = (0..16).filter_map(|n| self.end.step(Symbol(n + 2)));
+        let mut moderate = steps.filter(|(_, step)| *step != 0 && step.unsigned_abs() <= 4096);
+        moderate.find_map(|(n, step)| match home(n.into()) {
+            Home::Host(r) => Some((r, step)),
+            Home::Spilled(_) => None,
+        })
     }
 
     /// Whether some group's check comes before an instruction and is relied on behind it.

@@ -11,7 +11,8 @@ use crate::regs::{Home, POINTER, SCRATCH, home};
 use crate::shared::Slot;
 use crate::syscall::{self, Change};
 use crate::vectors::{self, Level};
-use crate::{refill, window, x87};
+use crate::window::{self, Moves};
+use crate::{refill, x87};
 
 /// Host registers the C ABI wants back.
 const SAVED: [Register; 6] = [
@@ -34,8 +35,8 @@ pub enum Stub {
     Load(Level),
     /// Loads the x87 state.
     LoadX87,
-    /// Fills a window, for reads or writes.
-    Probe(Use),
+    /// Looks up what is not in a window, for reads or writes.
+    Probe(Use, Moves),
     /// Fills an entry of level 1.
     Refill(Use),
     /// SYSCALL, or SYSRET.
@@ -52,8 +53,8 @@ pub struct Stubs {
     /// By level; the first does nothing.
     loads: [u64; 4],
     load_x87: u64,
-    /// For reads and writes.
-    probes: [u64; 2],
+    /// For reads and writes: those that always move windows, then those that do it sometimes.
+    probes: [[u64; 2]; 2],
     refills: [u64; 2],
     /// By [`Change`].
     changes: [u64; 2],
@@ -69,7 +70,7 @@ impl Stubs {
             restore_flags: moved(self.restore_flags),
             loads: self.loads.map(moved),
             load_x87: moved(self.load_x87),
-            probes: self.probes.map(moved),
+            probes: self.probes.map(|probes| probes.map(moved)),
             refills: self.refills.map(moved),
             changes: self.changes.map(moved),
         }
@@ -86,7 +87,7 @@ impl Stubs {
             Stub::RestoreFlags => self.restore_flags,
             Stub::Load(level) => self.loads[level as usize],
             Stub::LoadX87 => self.load_x87,
-            Stub::Probe(usage) => of_use(self.probes, usage),
+            Stub::Probe(usage, moves) => of_use(self.probes[moves as usize], usage),
             Stub::Refill(usage) => of_use(self.refills, usage),
             Stub::Change(change) => self.changes[change as usize],
         }
@@ -106,7 +107,10 @@ pub fn stubs() -> Result<(Vec<u8>, Stubs), IcedError> {
     let [sse, avx, avx512] = vectors::loaders(&mut a)?;
     let x87 = x87::loader(&mut a)?;
     let refills = refill::refills(&mut a)?;
-    let probes = window::probes(&mut a, refills)?;
+    let probes = [
+        window::probes(&mut a, refills, Moves::Always)?,
+        window::probes(&mut a, refills, Moves::Sometimes)?,
+    ];
     let changes = syscall::stubs(&mut a)?;
     let restore_flags = a.here();
     restore(&mut a)?;
@@ -166,7 +170,7 @@ pub fn stubs() -> Result<(Vec<u8>, Stubs), IcedError> {
         restore_flags: position(restore_flags),
         loads: [nothing, sse, avx, avx512].map(position),
         load_x87: position(x87),
-        probes: probes.map(position),
+        probes: probes.map(|probes| probes.map(position)),
         refills: refills.map(position),
         changes: changes.map(position),
     };

@@ -18,6 +18,7 @@ use crate::extent;
 use crate::flags::{Flags, Recipe};
 use crate::legacy::Word;
 use crate::lockstep;
+use crate::loops;
 use crate::plan::Plan;
 use crate::regs::{POINTER, SCRATCH};
 use crate::shared::Slot;
@@ -101,6 +102,18 @@ pub(crate) struct Block {
     pub addends: Vec<(usize, i64)>,
     /// The windows it takes, if it is to use any.
     pub windows: Option<window::Taken>,
+    /// Groups that a window is asked for: which, and how the first byte must be aligned.
+    pub windowed: Vec<(usize, u32, i64)>,
+    /// An instruction is left to the interpreter each time.
+    pub interpreted: bool,
+    /// The branch that closes the loop, if it may go on without checks.
+    pub again: Option<loops::Again>,
+    /// The groups that need no check, and their windows.
+    pub hoisted: Vec<(usize, u32)>,
+    /// The loop without checks, while that is emitted.
+    pub repeating: Option<loops::Repeating>,
+    /// Accesses to the stack use its windows.
+    pub stack_windows: bool,
     pub probes: Vec<Probe>,
     pub refills: Vec<Refill>,
     /// Calls and jumps to stubs.
@@ -167,7 +180,6 @@ fn is_loop(insns: &[Insn], start: i64) -> bool {
 pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translation, IcedError> {
     let Manner {
         first_exit,
-        count,
         executions,
         ..
     } = manner;
@@ -176,7 +188,7 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
     let windows = !manner.apart && is_loop(insns, start as i64);
     let mut b = Block {
         a: Asm::with_room(64 * insns.len() + 256),
-        flags: Flags::Host(manner.recipe),
+        flags: Flags::Host(manner.recipe.clone()),
         late: Vec::new(),
         crossings: Vec::new(),
         exits: Exits::for_block(insns.len()),
@@ -198,6 +210,12 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
         plans,
         addends: Vec::new(),
         windows: windows.then(|| window::Taken::new(manner.windows, manner.user)),
+        windowed: Vec::new(),
+        interpreted: false,
+        again: None,
+        hoisted: Vec::new(),
+        repeating: None,
+        stack_windows: !manner.apart,
         probes: Vec::new(),
         refills: Vec::with_capacity(insns.len()),
         outward: Vec::with_capacity(2 * insns.len() + 4),
@@ -238,48 +256,11 @@ pub fn translate(insns: &[Insn], start: u64, manner: Manner) -> Result<Translati
     let exit = b.exits.add(Wish::Request, b.start, Flags::Host(None));
     b.exits.lead(island, exit);
 
-    let mut at = b.start;
-    let mut ended = false;
-    let mut counted = 0;
-    let (mut flags_changed, mut wants_recipe) = (false, false);
-    for (k, insn) in insns.iter().enumerate() {
-        if count && k == counted {
-            counted += b.count_run(&insns[k..])?;
-            b.counted = counted;
-        }
-        let next = at + i64::from(insn.len);
-        let site = Site { k, at, next };
-        if manner.by_count {
-            b.spend_one(site)?;
-            b.counted = k + 1;
-        }
-        let later = insns.get(k + 1..).unwrap_or_default();
-        let left = manner.same_each_time && lockstep::varies(&insn.raw)
-            || manner.by_count && by_count::is_several(insn);
-        let done = if left {
-            Done::Unsupported
-        } else {
-            b.emit(insn, site, later)?
-        };
-        match done {
-            Done::Next => {}
-            Done::Ends => ended = true,
-            Done::Unsupported => {
-                b.interpret(site, !insn.ends_block)?;
-                ended = insn.ends_block;
-            }
-        }
-        wants_recipe |= b.a.keeps_flags && !flags_changed;
-        flags_changed |= insn.raw.rflags_modified() & simple::STATUS != 0;
-        at = next;
-    }
-    if !ended {
-        branch::go_on(&mut b, at)?;
-    }
+    let wants_recipe = b.emit_all(insns, &manner)?;
+    loops::emit(&mut b, insns, &manner, &mut factory)?;
     branch::emit_late(&mut b)?;
     b.finish(entries, level, wants_recipe)
 }
-
 /// Instructions up to the next one that may branch away: they are counted together.
 pub(crate) fn run_length(insns: &[Insn]) -> usize {
     let before = insns.iter().position(|i| i.ends_block);
@@ -327,7 +308,7 @@ impl Block {
     }
 
     /// Adds one to a counter, leaving the flags alone.
-    fn count_execution(&mut self, counter: u64) -> Result<(), IcedError> {
+    pub fn count_execution(&mut self, counter: u64) -> Result<(), IcedError> {
         let mov = Code::Mov_r64_imm64;
         self.a.emit(mov, SCRATCH, counter as i64)?;
         self.a.load(POINTER, at(SCRATCH, 0))?;
@@ -342,6 +323,51 @@ impl Block {
         self.a.lea(POINTER, at(POINTER, run as i64))?;
         self.a.store(slot(Slot::Instructions), POINTER)?;
         Ok(run)
+    }
+
+    /// Emits the instructions of the block; returns whether it would be better if it was known how to make the
+    /// flags it is entered with.
+    pub fn emit_all(&mut self, insns: &[Insn], manner: &Manner) -> Result<bool, IcedError> {
+        let mut at = self.start;
+        let mut ended = false;
+        let mut counted = 0;
+        let (mut flags_changed, mut wants_recipe) = (false, false);
+        for (k, insn) in insns.iter().enumerate() {
+            if manner.count && k == counted {
+                counted += self.count_run(&insns[k..])?;
+                self.counted = counted;
+            }
+            let next = at + i64::from(insn.len);
+            let site = Site { k, at, next };
+            if manner.by_count {
+                self.spend_one(site)?;
+                self.counted = k + 1;
+            }
+            let later = insns.get(k + 1..).unwrap_or_default();
+            let left = manner.same_each_time && lockstep::varies(&insn.raw)
+                || manner.by_count && by_count::is_several(insn);
+            let done = if left {
+                Done::Unsupported
+            } else {
+                self.emit(insn, site, later)?
+            };
+            match done {
+                Done::Next => {}
+                Done::Ends => ended = true,
+                Done::Unsupported => {
+                    self.interpreted = true;
+                    self.interpret(site, !insn.ends_block)?;
+                    ended = insn.ends_block;
+                }
+            }
+            wants_recipe |= self.a.keeps_flags && !flags_changed;
+            flags_changed |= insn.raw.rflags_modified() & simple::STATUS != 0;
+            at = next;
+        }
+        if !ended {
+            branch::go_on(self, at)?;
+        }
+        Ok(wants_recipe)
     }
 
     /// Emits an instruction.

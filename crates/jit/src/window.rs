@@ -3,11 +3,13 @@
 //! A check of the TLB's level 1 takes ten instructions, and in a loop most often finds the page it
 //! found the time before. So each check of a loop has a *window* of its own, a range of linear
 //! addresses whose bytes may be accessed and the addend that leads to them, and asks only whether its
-//! bytes begin in there; that is half as long. What is not in the window a function looks up in level 1
-//! ([`probes`]) and makes the window.
+//! bytes begin in there; that is half as long. What is not in the window is looked up in level 1.
+//! Only for a page that follows the window's, or that is missed twice in a row, the window is moved, by a function
+//! ([`probes`]): a chain of loads that depend on each other, at random, would wait for it each time.
 //!
 //! There are fewer windows than checks of loops, so several checks may use one, and what one of them put
-//! there serves the others. Therefore windows are of *kinds*: for reads or for writes, and for accesses up
+//! there serves the others. All accesses at RSP, in loops or not, use the same ones: the stack stays in a page
+//! for long. Therefore windows are of *kinds*: for reads or for writes, and for accesses up
 //! to a size, which is what the limit leaves room for. Of one translation no two checks have the same
 //! window.
 //!
@@ -19,16 +21,18 @@ use anykvm_cpu::translator::{TLB_ADDEND, TLB_INDEX_MASK, TLB_INDEX_SHIFT, TLB_RE
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use std::mem::offset_of;
 
-use crate::asm::{Asm, at, shared, slot};
+use crate::asm::{Asm, Hole, at, shared, slot};
 use crate::memory::{Bytes, Use};
 use crate::refill;
-use crate::regs::SCRATCH;
+use crate::regs::{POINTER, SCRATCH};
 use crate::shared::{Shared, Slot};
 
 /// Sizes of accesses, and for how many windows there are of each: for reads, and again for writes.
-const SIZES: [(usize, u8); 5] = [(8, 128), (16, 48), (32, 16), (64, 16), (512, 48)];
+const SIZES: [(usize, u8); 5] = [(8, 128), (16, 48), (32, 16), (64, 16), (512, 46)];
 /// Windows for reads of the code of one privilege.
 const READS: usize = 256;
+/// How many of the last kind, for reads and again for writes, are the stack's: one for each of these sizes.
+const STACK_SIZES: [usize; 2] = [64, 512];
 /// Windows of the code of one privilege.
 const WINDOWS: usize = 2 * READS;
 
@@ -38,7 +42,7 @@ const _: () = {
         sum += SIZES[n].1 as usize;
         n += 1;
     }
-    assert!(sum == READS);
+    assert!(sum + STACK_SIZES.len() == READS);
 };
 
 /// Which windows are taken next.
@@ -87,7 +91,16 @@ impl Taken {
     }
 }
 
-/// Windows that share a bit of [`Windows::touched`].
+/// The window, and the size it is for, that all stack accesses of up to a size use.
+pub fn of_stack(bytes: &Bytes, user: bool) -> Option<(u32, usize)> {
+    let kind = STACK_SIZES.iter().position(|size| bytes.count <= *size)?;
+    let behind =
+        usize::from(user) * WINDOWS + usize::from(bytes.usage != Use::Read) * READS + READS;
+    let number = behind - STACK_SIZES.len() + kind;
+    Some((number as u32, STACK_SIZES[kind]))
+}
+
+/// Windows that share a byte of [`Windows::touched`].
 const TOGETHER: usize = WINDOWS / 64;
 
 /// A range of linear addresses.
@@ -100,6 +113,9 @@ pub struct Window {
     limit: u64,
     /// Host address minus linear address.
     addend: u64,
+    /// The page it moves to when it is missed there: the one behind it, then the one that was missed last. For
+    /// the stack's, in the low half, how soon it moves.
+    next: u64,
 }
 
 /// The windows of a processor.
@@ -108,8 +124,8 @@ pub struct Window {
 pub struct Windows {
     /// Supervisor code's, then user code's.
     all: [Window; 2 * WINDOWS],
-    /// For each privilege a bit for each [`TOGETHER`] of its windows: some may not be empty.
-    touched: [u64; 2],
+    /// For each privilege a byte for each [`TOGETHER`] of its windows, not 0 if some may not be empty.
+    touched: [[u8; WINDOWS / TOGETHER]; 2],
     /// What they rest on: see [`Windows::empty_if_changed`].
     rest_on: [(u64, u64, u64); 2],
 }
@@ -123,11 +139,12 @@ impl Windows {
         let changed = self.rest_on[n] != now;
         if changed {
             self.rest_on[n] = now;
-            let mut touched = std::mem::take(&mut self.touched[n]);
-            while touched != 0 {
-                let first = n * WINDOWS + touched.trailing_zeros() as usize * TOGETHER;
-                self.all[first..first + TOGETHER].fill(Window::default());
-                touched &= touched - 1;
+            let of_privilege = n * WINDOWS..(n + 1) * WINDOWS;
+            let together = self.all[of_privilege].chunks_exact_mut(TOGETHER);
+            for (touched, windows) in self.touched[n].iter_mut().zip(together) {
+                if std::mem::take(touched) != 0 {
+                    windows.fill(Window::default());
+                }
             }
         }
         changed
@@ -154,127 +171,148 @@ pub fn compare(a: &mut Asm, number: u32) -> Result<(), IcedError> {
     a.emit(Code::Cmp_r64_rm64, SCRATCH, limit)
 }
 
+/// Emits what asks, where the bytes whose last is at the linear address in RCX are not in a window, whether
+/// that is to be moved: if they are in the page that follows the window's, or was missed last. Returns the branch that
+/// is taken if so.
+pub fn should_move(a: &mut Asm, number: u32) -> Result<Hole, IcedError> {
+    let next = shared(window(number, offset_of!(Window, next)));
+    a.emit(Code::And_rm64_imm32, POINTER, -4096i32)?;
+    a.emit(Code::Cmp_r64_rm64, POINTER, next)?;
+    let moves = a.jcc(4);
+    a.store(next, POINTER)?;
+    Ok(moves)
+}
+
+/// Emits what puts into RCX by how many bytes what [`compare`] has found in a window may move before it
+/// leaves it. `up`: to higher addresses.
+pub fn room(a: &mut Asm, number: u32, up: bool) -> Result<(), IcedError> {
+    if !up {
+        return a.mov(POINTER, SCRATCH);
+    }
+    a.load(POINTER, shared(window(number, offset_of!(Window, limit))))?;
+    a.emit(Code::Sub_r64_rm64, POINTER, SCRATCH)?;
+    a.lea(POINTER, at(POINTER, -1))
+}
+
 /// What a probe is asked: bytes less one, size of the window's kind less one, window.
 const FIELD: u32 = 9;
 const FIELD_MASK: u32 = (1 << FIELD) - 1;
 
-/// Emits what goes before the call of a probe, behind [`compare`]. `size` is that of the window's kind.
-pub fn prepare_probe(
-    a: &mut Asm,
-    number: u32,
-    size: usize,
-    bytes: &Bytes,
-) -> Result<(), IcedError> {
-    let start = shared(window(number, offset_of!(Window, start)));
-    a.emit(Code::Add_r64_rm64, SCRATCH, start)?;
+/// Emits what goes before the call of a probe, once the linear address is in R15. `size` is that of the
+/// window's kind.
+pub fn prepare_probe(a: &mut Asm, number: u32, size: usize, bytes: &Bytes) {
     let what = number << (2 * FIELD) | (size as u32 - 1) << FIELD | (bytes.count as u32 - 1);
-    a.emit(Code::Mov_r32_imm32, Register::ECX, what)
+    a.load_number(POINTER, what);
 }
 
-fn filled(field: usize) -> MemoryOperand {
+/// A field of the window whose offset among all is in RAX.
+fn of_window(field: usize) -> MemoryOperand {
+    in_shared(window(0, field))
+}
+
+/// A place in [`Shared`], RAX bytes behind this offset.
+fn in_shared(offset: i64) -> MemoryOperand {
     MemoryOperand::new(
         Register::None,
         Register::RAX,
         1,
-        window(0, field),
+        offset,
         4,
         false,
         Register::GS,
     )
 }
 
-/// Generates the functions that fill a window for reads and for writes; returns their positions.
+/// When a function that is called for a window moves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moves {
+    /// Always.
+    Always,
+    /// One time in eight, because it may be about to go to and fro between two pages.
+    Sometimes,
+}
+
+/// Generates the functions that look up what is not in a window, for reads and for writes; returns their
+/// positions.
 ///
-/// In: R15 the linear address of the first byte; ECX as [`prepare_probe`] makes it. Out: ZF if the bytes are in one page that the TLB has; then R15 is the first one's offset
-/// in the page, and RCX the addend. They change nothing else.
+/// In: R15 the linear address of the first byte; ECX as [`prepare_probe`] makes it. Out: ZF if the bytes are
+/// in one page that the TLB has; then RCX is the addend. They change nothing else.
 ///
 /// `refills`: what [`refill::refills`] has generated.
-pub fn probes(a: &mut Asm, refills: [usize; 2]) -> Result<[usize; 2], IcedError> {
+pub fn probes(a: &mut Asm, refills: [usize; 2], moves: Moves) -> Result<[usize; 2], IcedError> {
     Ok([
-        probe(a, TLB_READ, refills[0])?,
-        probe(a, TLB_WRITE, refills[1])?,
+        probe(a, TLB_READ, refills[0], moves)?,
+        probe(a, TLB_WRITE, refills[1], moves)?,
     ])
 }
 
-fn probe(a: &mut Asm, tag: i64, refill: usize) -> Result<usize, IcedError> {
+fn probe(a: &mut Asm, tag: i64, refill: usize, moves: Moves) -> Result<usize, IcedError> {
     use Code as C;
     use Register as R;
     let here = a.here();
-    let saved = [(Slot::Probe0, R::RAX), (Slot::Probe1, R::RDX)];
+    let saved = [
+        (Slot::Probe0, R::RAX),
+        (Slot::Probe1, R::RDX),
+        (Slot::Probe3, SCRATCH),
+    ];
     for (place, r) in saved {
         a.store(slot(place), r)?;
     }
-    let what = slot(Slot::Probe2);
-    a.store(what, R::RCX)?;
-    let op = |a: &mut Asm, insn: Result<Instruction, IcedError>| a.put(&insn?);
-    op(a, Instruction::with2(C::Mov_r32_rm32, R::EAX, R::ECX))?;
-    op(a, Instruction::with2(C::Shr_rm32_imm8, R::EAX, 2 * FIELD))?;
-    // The tag of the last byte, and the entry of the first.
-    op(a, Instruction::with2(C::Mov_r32_rm32, R::EDX, R::ECX))?;
-    op(a, Instruction::with2(C::And_rm32_imm32, R::EDX, FIELD_MASK))?;
-    a.lea(R::RDX, MemoryOperand::with_base_index(R::RDX, SCRATCH))?;
-    op(a, Instruction::with2(C::And_rm64_imm32, R::RDX, -4096i32))?;
-    op(
-        a,
-        Instruction::with2(C::Or_r64_rm64, R::RDX, slot(Slot::Asn)),
-    )?;
-    a.mov(R::RCX, SCRATCH)?;
-    op(
-        a,
-        Instruction::with2(C::Shr_rm64_imm8, R::RCX, TLB_INDEX_SHIFT),
-    )?;
-    op(
-        a,
-        Instruction::with2(C::And_rm32_imm32, R::ECX, TLB_INDEX_MASK),
-    )?;
-    op(
-        a,
-        Instruction::with2(C::Add_r64_rm64, R::RCX, slot(Slot::Level1)),
-    )?;
-    op(
-        a,
-        Instruction::with2(C::Cmp_r64_rm64, R::RDX, at(R::RCX, tag)),
-    )?;
-    let miss = a.jne();
-    let hit = a.here();
+    a.store(slot(Slot::Probe2), R::RCX)?;
     let size = size_of::<Window>().trailing_zeros();
-    op(a, Instruction::with2(C::Shl_rm32_imm8, R::EAX, size))?;
-    op(a, Instruction::with2(C::Mov_r32_rm32, R::EDX, what))?;
-    op(a, Instruction::with2(C::Shr_rm32_imm8, R::EDX, FIELD))?;
-    op(a, Instruction::with2(C::And_rm32_imm32, R::EDX, FIELD_MASK))?;
+    a.emit(C::Mov_r32_rm32, R::EAX, R::ECX)?;
+    a.emit(C::Shr_rm32_imm8, R::EAX, 2 * FIELD)?;
+    a.emit(C::Shl_rm32_imm8, R::EAX, size)?;
+    // The tag of the last byte, and the entry of the first.
+    a.emit(C::And_rm32_imm32, R::ECX, FIELD_MASK)?;
+    a.emit(C::Add_r64_rm64, R::RCX, SCRATCH)?;
+    a.emit(C::And_rm64_imm32, R::RCX, -4096i32)?;
+    a.mov(R::RDX, R::RCX)?;
+    a.emit(C::Or_r64_rm64, R::RCX, slot(Slot::Asn))?;
+    a.emit(C::Shr_rm64_imm8, SCRATCH, TLB_INDEX_SHIFT)?;
+    a.emit(C::And_rm32_imm32, R::R15D, TLB_INDEX_MASK)?;
+    a.emit(C::Add_r64_rm64, SCRATCH, slot(Slot::Level1))?;
+    a.emit(C::Cmp_r64_rm64, R::RCX, at(SCRATCH, tag))?;
+    let hit = a.jcc(4);
+    refill::call(a, refill);
+    let missed = a.jne();
+    a.land(hit);
+    a.load(R::RCX, at(SCRATCH, TLB_ADDEND))?;
+    let mut stays = None;
+    if moves == Moves::Sometimes {
+        // A borrow once in eight times, and from the 0 of an empty window.
+        let count = of_window(offset_of!(Window, next));
+        a.put(&Instruction::with2(C::Sub_rm32_imm32, count, 1u32 << 29)?)?;
+        stays = Some(a.jcc(3));
+    }
+    a.store(of_window(offset_of!(Window, start)), R::RDX)?;
+    a.store(of_window(offset_of!(Window, addend)), R::RCX)?;
+    if moves == Moves::Always {
+        a.lea(R::RDX, at(R::RDX, 4096))?;
+        a.store(of_window(offset_of!(Window, next)), R::RDX)?;
+    }
+    a.load(R::RDX, slot(Slot::Probe2))?;
+    a.emit(C::Shr_rm32_imm8, R::EDX, FIELD)?;
+    a.emit(C::And_rm32_imm32, R::EDX, FIELD_MASK)?;
     // 4095 - n, plus one.
-    op(a, Instruction::with2(C::Xor_rm32_imm32, R::EDX, 0xfff))?;
+    a.emit(C::Xor_rm32_imm32, R::EDX, 0xfffu32)?;
     a.lea(R::RDX, at(R::RDX, 1))?;
-    a.store(filled(offset_of!(Window, limit)), R::RDX)?;
-    a.mov(R::RDX, SCRATCH)?;
-    op(a, Instruction::with2(C::And_rm64_imm32, R::RDX, -4096i32))?;
-    a.store(filled(offset_of!(Window, start)), R::RDX)?;
-    a.load(R::RCX, at(R::RCX, TLB_ADDEND))?;
-    a.store(filled(offset_of!(Window, addend)), R::RCX)?;
-    let together = size + TOGETHER.trailing_zeros();
-    op(a, Instruction::with2(C::Shr_rm32_imm8, R::EAX, together))?;
+    a.store(of_window(offset_of!(Window, limit)), R::RDX)?;
+    let together = (TOGETHER * size_of::<Window>()).trailing_zeros();
+    a.emit(C::Shr_rm32_imm8, R::EAX, together)?;
     let touched = (offset_of!(Shared, windows) + offset_of!(Windows, touched)) as i64;
-    let bit = MemoryOperand::new(R::None, R::None, 1, touched, 8, false, R::GS);
-    op(a, Instruction::with2(C::Bts_rm64_r64, bit, R::RAX))?;
-    op(a, Instruction::with2(C::And_rm32_imm32, R::R15D, 0xfff))?;
+    let touched = in_shared(touched);
+    a.put(&Instruction::with2(C::Mov_rm8_imm8, touched, 1)?)?;
+    if let Some(stays) = stays {
+        a.land(stays);
+    }
     // ZF, for the caller.
-    op(a, Instruction::with2(C::Cmp_r32_rm32, R::EAX, R::EAX))?;
-    let done = a.here();
+    a.emit(C::Cmp_r64_rm64, R::RAX, R::RAX)?;
+    a.land(missed);
     for (place, r) in saved {
         a.load(r, slot(place))?;
     }
     a.put(&Instruction::with(C::Retnq))?;
-    a.land(miss);
-    a.store(slot(Slot::Probe3), SCRATCH)?;
-    a.mov(SCRATCH, R::RCX)?;
-    a.mov(R::RCX, R::RDX)?;
-    refill::call(a, refill);
-    a.mov(R::RCX, SCRATCH)?;
-    a.load(SCRATCH, slot(Slot::Probe3))?;
-    let found = a.jcc(4);
-    a.fill(found, hit);
-    let missed = a.jmp();
-    a.fill(missed, done);
     Ok(here)
 }
 
@@ -299,12 +337,16 @@ mod tests {
                             usage,
                             align: 1,
                         };
+                        if let Some((number, size)) = of_stack(&bytes, user) {
+                            let kind = (user, usage != Use::Read, size, true);
+                            assert_eq!(*kinds.entry(number).or_insert(kind), kind);
+                        }
                         let Some((number, size)) = taken.take(&bytes) else {
                             continue;
                         };
                         assert!(numbers.insert(number), "{number} twice");
                         assert!(count <= size && (number as usize) < 2 * WINDOWS);
-                        let kind = (user, usage != Use::Read, size);
+                        let kind = (user, usage != Use::Read, size, false);
                         assert_eq!(*kinds.entry(number).or_insert(kind), kind);
                     }
                 }

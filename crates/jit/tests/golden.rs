@@ -29,6 +29,14 @@ const SEQUENCES: &[(&str, Build)] = &[
         a.dec(rdx)?;
         a.jne(top)
     }),
+    ("loop-with-a-store", |a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.mov(qword_ptr(rbx), rax)?;
+        a.add(rbx, 8)?;
+        a.cmp(rbx, rdx)?;
+        a.jne(top)
+    }),
     ("load", |a| a.mov(rax, qword_ptr(rbx + 8))),
     ("store", |a| a.mov(dword_ptr(rsi + rdi * 4), eax)),
     ("load-twice", |a| {

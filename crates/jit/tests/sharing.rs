@@ -3,51 +3,11 @@
 
 mod support;
 
-use anykvm_cpu::Exit;
 use anykvm_cpu::state::reg;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use support::harness::Computer;
-use support::{ALWAYS, DATA, assemble, compare, computer, translate};
-
-/// The page-table entry of a linear page, in the tables [`computer`] makes.
-fn entry(linear: u64) -> u64 {
-    0x10_3000 + (linear >> 12) * 8
-}
-
-/// Runs a program in both ways to its end or its first exception, all exits on the way included.
-/// Everything must be the same, the exception's frame too.
-fn same_with(
-    prepare: impl Fn(&mut Computer),
-    build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>,
-) {
-    let code = assemble(build);
-    let run = |translated: bool| {
-        let mut c = computer(&code);
-        c.catch_events();
-        prepare(&mut c);
-        c.cpu.state_changed();
-        if translated {
-            translate(&mut c, ALWAYS);
-        }
-        let mut exits = Vec::new();
-        for _ in 0..10_000 {
-            let exit = c.cpu.run(u64::MAX);
-            let done = matches!(exit, Exit::Io { port: 0x99, .. });
-            exits.push(format!("{exit:?}"));
-            if done {
-                return (c, exits);
-            }
-        }
-        panic!("it does not end: {:?}", &exits[..10]);
-    };
-    let (one, exits) = run(false);
-    let (two, others) = run(true);
-    assert_eq!(exits, others);
-    assert_eq!(one.frame(), two.frame());
-    assert_eq!(one.cpu.state.cr2, two.cpu.state.cr2);
-    compare(&one, &two);
-}
+use support::{ALWAYS, DATA, assemble, computer, entry, same_exits as same_with, translate};
 
 /// Loads and stores of several sizes off RBX, which goes up through both pages of data.
 fn walk(a: &mut CodeAssembler, from: u64, rounds: u32) -> Result<(), IcedError> {

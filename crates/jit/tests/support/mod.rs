@@ -111,6 +111,45 @@ pub fn same_on(options: Options, computer: impl Fn() -> Computer) {
     compare(&one, &two);
 }
 
+/// The page-table entry of a linear page, in the tables [`computer`] makes.
+pub fn entry(linear: u64) -> u64 {
+    TABLES + 0x3000 + (linear >> 12) * 8
+}
+
+/// Runs a program in both ways to its end or its first exception, all exits on the way included.
+/// Everything must be the same, the exception's frame too.
+pub fn same_exits(
+    prepare: impl Fn(&mut Computer),
+    build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>,
+) {
+    let code = assemble(build);
+    let run = |translated: bool| {
+        let mut c = computer(&code);
+        c.catch_events();
+        prepare(&mut c);
+        c.cpu.state_changed();
+        if translated {
+            translate(&mut c, ALWAYS);
+        }
+        let mut exits = Vec::new();
+        for _ in 0..10_000 {
+            let exit = c.cpu.run(u64::MAX);
+            let done = matches!(exit, Exit::Io { port: 0x99, .. });
+            exits.push(format!("{exit:?}"));
+            if done {
+                return (c, exits);
+            }
+        }
+        panic!("it does not end: {:?}", &exits[..10]);
+    };
+    let (one, exits) = run(false);
+    let (two, others) = run(true);
+    assert_eq!(exits, others);
+    assert_eq!(one.frame(), two.frame());
+    assert_eq!(one.cpu.state.cr2, two.cpu.state.cr2);
+    compare(&one, &two);
+}
+
 /// Registers, flags, vector registers, stack and data are the same.
 pub fn compare(one: &Computer, two: &Computer) {
     let (s, t) = (&one.cpu.state, &two.cpu.state);
