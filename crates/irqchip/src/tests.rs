@@ -38,7 +38,12 @@ pub(crate) struct TestVcpu {
     pub events: Mutex<Vec<Event>>,
     pub notified: AtomicU64,
     pub armed: Mutex<Option<u64>>,
+    /// Called once, at the next [`VcpuEvents::notify`].
+    pub at_once: Mutex<Option<AtOnce>>,
 }
+
+/// What a vCPU does as soon as it is notified.
+pub(crate) type AtOnce = Box<dyn FnOnce() + Send>;
 
 impl TestVcpu {
     fn push(&self, event: Event) {
@@ -49,6 +54,10 @@ impl TestVcpu {
 impl VcpuEvents for TestVcpu {
     fn notify(&self) {
         self.notified.fetch_add(1, Ordering::Relaxed);
+        let at_once = lock(&self.at_once).take();
+        if let Some(at_once) = at_once {
+            at_once();
+        }
     }
     fn nmi(&self) {
         self.push(Event::Nmi);
@@ -133,6 +142,7 @@ impl TestVm {
                 events: Mutex::default(),
                 notified: AtomicU64::new(0),
                 armed: Mutex::default(),
+                at_once: Mutex::default(),
             });
             let config = LapicConfig {
                 apic_id,

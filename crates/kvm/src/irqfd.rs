@@ -41,10 +41,7 @@ impl Source for Irqfd {
             self.chip
                 .set_irq(self.gsi, RESAMPLE_IRQ_SOURCE_ID, true, false);
         } else {
-            self.chip
-                .set_irq(self.gsi, USERSPACE_IRQ_SOURCE_ID, true, false);
-            self.chip
-                .set_irq(self.gsi, USERSPACE_IRQ_SOURCE_ID, false, false);
+            self.chip.pulse(self.gsi, USERSPACE_IRQ_SOURCE_ID);
         }
         // Behind it: who sees the number finds the interrupt.
         self.stats.add(VmStat::Irqfds as usize, 1);

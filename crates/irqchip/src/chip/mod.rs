@@ -230,17 +230,35 @@ impl IrqChip {
     /// sources are ORed). Returns the number of vCPUs that got it, 0 if it was coalesced, negative if
     /// it was ignored (masked, no route). `line_status` is true for KVM_IRQ_LINE_STATUS.
     pub fn set_irq(&self, gsi: u32, source: u32, level: bool, line_status: bool) -> i32 {
-        self.counters.irqs.fetch_add(1, Ordering::Relaxed);
+        self.set_levels(gsi, source, &[level], line_status)
+    }
+
+    /// Raises a GSI's level and lowers it again. Each controller gets both at once: were there a moment between
+    /// them, the guest could take and acknowledge the interrupt in it, and the next edge, which another
+    /// thread makes for that, would be lost in a level that is high still.
+    pub fn pulse(&self, gsi: u32, source: u32) {
+        self.set_levels(gsi, source, &[true, false], false);
+    }
+
+    /// One level after the other; the result is that of the last.
+    fn set_levels(&self, gsi: u32, source: u32, levels: &[bool], line_status: bool) -> i32 {
+        let changes = levels.len() as u64;
+        self.counters.irqs.fetch_add(changes, Ordering::Relaxed);
         let routing = self.routing.load();
         let mut total = -1;
         for route in routing.routes(gsi) {
             let result = match (*route, &self.controllers) {
-                (Route::Msi { address, data }, _) if level => self.deliver_msi(address, data),
-                (Route::Pic(pin), Some(controllers)) => {
-                    self.with_pic(controllers, |pic| pic.set_irq(pin, source, level))
+                (Route::Msi { address, data }, _) if levels.contains(&true) => {
+                    self.deliver_msi(address, data)
                 }
+                (Route::Pic(pin), Some(controllers)) => self.with_pic(controllers, |pic| {
+                    let set = |_, level: &bool| pic.set_irq(pin, source, *level);
+                    levels.iter().fold(-1, set)
+                }),
                 (Route::Ioapic(pin), Some(controllers)) => self.with_ioapic(controllers, |io| {
-                    io.set_irq(&self.bus, pin, source, level, line_status)
+                    let set =
+                        |_, level: &bool| io.set_irq(&self.bus, pin, source, *level, line_status);
+                    levels.iter().fold(-1, set)
                 }),
                 _ => -1,
             };
@@ -514,8 +532,7 @@ impl IrqChip {
 
     fn inject_pit_tick(&self) {
         self.counters.pit_ticks.fetch_add(1, Ordering::Relaxed);
-        self.set_irq(PIT_GSI, PIT_IRQ_SOURCE_ID, true, false);
-        self.set_irq(PIT_GSI, PIT_IRQ_SOURCE_ID, false, false);
+        self.pulse(PIT_GSI, PIT_IRQ_SOURCE_ID);
         // LINT0 in NMI mode makes the PIT a watchdog ("virtual wire" to every vCPU).
         if self.bus.find(Lapic::lint0_is_nmi).is_some() {
             self.bus.for_each(|lapic| {
