@@ -105,6 +105,7 @@ const PROOFS: &[(&str, Proof)] = &[
         Proof::Runs(&[0xb9, 1, 0, 0, 0, 0x0f, 0x01, 0xd0]),
     ),
     ("LAHF_SAHF", Proof::Runs(&[0x9f, 0x9e])),
+    ("CMP_LEGACY", Proof::Nothing),
     ("PREFETCHW", Proof::Runs(&[0x0f, 0x0d, 0x0e])),
     ("NX", Proof::Efer(efer::NX)),
     // PAVGB MM0, MM1

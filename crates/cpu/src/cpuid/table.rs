@@ -164,6 +164,7 @@ features! {
     XGETBV1: 0xd, 1, Eax, 2, Always, [], "XGETBV with ECX 1";
     XSAVES: 0xd, 1, Eax, 3, Owner, [XSAVES], "XSAVES, XRSTORS and IA32_XSS, which has no bits";
     LAHF_SAHF: 0x8000_0001, 0, Ecx, 0, Always, [], "LAHF and SAHF in 64-bit mode";
+    CMP_LEGACY: 0x8000_0001, 0, Ecx, 1, Host, [], "a package with HTT has cores, not threads";
     LZCNT: 0x8000_0001, 0, Ecx, 5, Host, [LZCNT], "LZCNT";
     SSE4A: 0x8000_0001, 0, Ecx, 6, Host, [SSE4A], "SSE4A instructions";
     PREFETCHW: 0x8000_0001, 0, Ecx, 8, Always, [], "PREFETCHW (without the flag its opcode is a NOP)";
