@@ -11,7 +11,8 @@ use harness::{Computer, Ports};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use support::{
-    ALWAYS, CODE, DATA, assemble, assemble_bits, compare, computer, finish, harness, translate,
+    ALWAYS, CODE, DATA, assemble, assemble_bits, compare, compatibility, computer, entry, finish,
+    harness, same_exception, translate,
 };
 
 /// Runs a program in both ways. Only first accesses to pages and what leaves the program may have been left to
@@ -185,15 +186,7 @@ fn legacy_code() {
         a.sub(ecx, 1)?;
         a.jne(top)
     });
-    same_on(12, || {
-        let mut c = computer(&code);
-        c.cpu.state.seg[usize::from(anykvm_cpu::state::seg::CS)].attr = 0xc09b;
-        for n in 0..16 {
-            c.cpu.state.regs[n] &= 0xffff_ffff;
-        }
-        c.cpu.state_changed();
-        c
-    });
+    same_on(12, || compatibility(&code));
 }
 
 #[test]
@@ -259,19 +252,12 @@ fn faults(offset: i64, build: impl Fn(&mut CodeAssembler) -> Result<(), IcedErro
         a.cmp(eax, 77)?;
         build(a)
     });
-    let [mut one, mut two] = [computer(&code), computer(&code)];
-    for c in [&mut one, &mut two] {
-        c.put64(0x10_3000 + 0x30 * 8, 0);
-        c.put64(0x10_3000 + 0x31 * 8, 0x3_1005);
-        c.catch_events();
-    }
-    finish(&mut one);
-    translate(&mut two, ALWAYS);
-    finish(&mut two);
-    assert_eq!(one.reg(reg::RSP) >> 8, 0x67, "no exception");
-    assert_eq!(one.frame(), two.frame());
-    compare(&one, &two);
-    one.frame()
+    same_exception(|| {
+        let mut c = computer(&code);
+        c.put64(entry(0x3_0000), 0);
+        c.put64(entry(0x3_1000), 0x3_1005);
+        c
+    })
 }
 
 #[test]

@@ -12,7 +12,9 @@ use anykvm_cpu::{Exit, requests};
 use harness::Computer;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use support::{ALWAYS, CODE, assemble, compare, computer, finish, harness, same, translate};
+use support::{
+    ALWAYS, CODE, assemble, compare, compatibility, computer, finish, harness, same, translate,
+};
 
 /// A page behind the data, and the one behind it.
 const FAR: u64 = 0x3_0000;
@@ -516,15 +518,7 @@ fn branches_by_the_counter_and_its_second_byte() {
     let left = c.cpu.translator_stats().unwrap().left;
     assert!(left < 5, "{left} left to the interpreter");
     let code = by_count(32);
-    support::same_on(ALWAYS, || {
-        let mut c = computer(&code);
-        c.cpu.state.seg[usize::from(anykvm_cpu::state::seg::CS)].attr = 0xc09b;
-        for n in 0..16 {
-            c.cpu.state.regs[n] &= 0xffff_ffff;
-        }
-        c.cpu.state_changed();
-        c
-    });
+    support::same_on(ALWAYS, || compatibility(&code));
 }
 
 #[test]

@@ -12,7 +12,8 @@ use harness::{Computer, Ports};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use support::{
-    ALWAYS, CODE, DATA, assemble, assemble_bits, compare, computer, finish, harness, translate,
+    ALWAYS, CODE, DATA, assemble, assemble_bits, compare, compatibility, computer, finish, harness,
+    same_exception, translate,
 };
 
 /// Runs a computer's program in both ways; the translated one. So many instructions may have been left to the
@@ -77,15 +78,7 @@ fn strings_in_both_directions() {
         assert_eq!(c.cpu.state.rflags & rflags::DF, 0);
     }
     let code = assemble_bits(32, CODE, directions);
-    same_on(60 * (9 + 2) + 8, || {
-        let mut c = computer(&code);
-        c.cpu.state.seg[usize::from(seg::CS)].attr = 0xc09b;
-        for n in 0..16 {
-            c.cpu.state.regs[n] &= 0xffff_ffff;
-        }
-        c.cpu.state_changed();
-        c
-    });
+    same_on(60 * (9 + 2) + 8, || compatibility(&code));
 }
 
 #[test]
@@ -144,19 +137,12 @@ fn exception(
         a.add(eax, ebx)?;
         build(a)
     });
-    let [mut one, mut two] = [user(&code), user(&code)];
-    for c in [&mut one, &mut two] {
-        c.catch_events();
-        prepare(c);
+    same_exception(|| {
+        let mut c = user(&code);
+        prepare(&mut c);
         c.cpu.state_changed();
-    }
-    finish(&mut one);
-    translate(&mut two, ALWAYS);
-    finish(&mut two);
-    assert_eq!(one.reg(reg::RSP) >> 8, 0x67, "no exception");
-    assert_eq!(one.frame(), two.frame());
-    compare(&one, &two);
-    two.frame()
+        c
+    })
 }
 
 #[test]

@@ -7,7 +7,9 @@ use anykvm_cpu::state::{Segment, cr0, cr4, seg};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use support::harness::Computer;
-use support::{ALWAYS, CODE, DATA, assemble_bits, computer, finish, same_on, translate};
+use support::{
+    ALWAYS, CODE, DATA, assemble_bits, computer, enter_compatibility, finish, same_on, translate,
+};
 
 /// A page directory of 4 MiB pages.
 const DIRECTORY: u64 = 0x10_0000;
@@ -24,14 +26,9 @@ fn whole_segment(base: u64) -> Segment {
 
 fn with_segments(mut c: Computer) -> Computer {
     let s = &mut c.cpu.state;
-    s.seg[usize::from(seg::CS)].attr = 0xc09b;
     s.seg[usize::from(seg::FS)] = whole_segment(FS_BASE);
     s.seg[usize::from(seg::GS)] = whole_segment(0xffff_f000);
-    for n in 0..16 {
-        s.regs[n] &= 0xffff_ffff;
-    }
-    c.cpu.state_changed();
-    c
+    enter_compatibility(c)
 }
 
 /// Compatibility mode.

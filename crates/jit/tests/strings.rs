@@ -2,11 +2,12 @@
 
 mod support;
 
-use anykvm_cpu::state::{reg, seg};
+use anykvm_cpu::state::reg;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use support::harness::Computer;
-use support::{ALWAYS, CODE, DATA, assemble, assemble_bits, computer, finish, same, translate};
+use support::{
+    ALWAYS, CODE, DATA, assemble, assemble_bits, compatibility, computer, finish, same, translate,
+};
 
 #[test]
 fn repeated() {
@@ -73,16 +74,6 @@ fn backwards() {
         a.cld()?;
         a.movsb()
     });
-}
-
-fn compatibility(code: &[u8]) -> Computer {
-    let mut c = computer(code);
-    c.cpu.state.seg[usize::from(seg::CS)].attr = 0xc09b;
-    for n in 0..16 {
-        c.cpu.state.regs[n] &= 0xffff_ffff;
-    }
-    c.cpu.state_changed();
-    c
 }
 
 #[test]

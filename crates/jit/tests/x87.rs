@@ -32,15 +32,10 @@ fn with_x87(mut c: Computer) -> Computer {
 
 fn compatibility(code: &[u8]) -> Computer {
     let mut c = with_x87(computer(code));
-    c.cpu.state.seg[usize::from(seg::CS)].attr = 0xc09b;
     c.cpu.state.seg[usize::from(seg::CS)].selector = 0x23;
     c.cpu.state.seg[usize::from(seg::DS)].selector = 0x2b;
     c.cpu.state.seg[usize::from(seg::SS)].selector = 0x33;
-    for n in 0..16 {
-        c.cpu.state.regs[n] &= 0xffff_ffff;
-    }
-    c.cpu.state_changed();
-    c
+    support::enter_compatibility(c)
 }
 
 /// Runs a program in both ways; returns how many instructions a stub of the interpreter's carried out in the

@@ -6,7 +6,7 @@
 pub mod harness;
 
 use anykvm_cpu::Exit;
-use anykvm_cpu::state::cr4;
+use anykvm_cpu::state::{cr4, reg, seg};
 use anykvm_jit::{Jit, Options};
 use harness::Computer;
 use iced_x86::IcedError;
@@ -45,6 +45,21 @@ pub fn computer(code: &[u8]) -> Computer {
     }
     c.cpu.state.cr4 |= cr4::OSXSAVE;
     c.cpu.state.xcr0 = 7;
+    c.cpu.state_changed();
+    c
+}
+
+/// The same for a program in compatibility mode.
+pub fn compatibility(code: &[u8]) -> Computer {
+    enter_compatibility(computer(code))
+}
+
+/// From here on the computer's code is 32-bit code, and the upper halves of its registers are clear.
+pub fn enter_compatibility(mut c: Computer) -> Computer {
+    c.cpu.state.seg[usize::from(seg::CS)].attr = 0xc09b;
+    for n in 0..16 {
+        c.cpu.state.regs[n] &= 0xffff_ffff;
+    }
     c.cpu.state_changed();
     c
 }
@@ -109,6 +124,26 @@ pub fn same_on(options: Options, computer: impl Fn() -> Computer) {
         assert_eq!(two.cpu.counters.blocks, 0, "blocks were interpreted");
     }
     compare(&one, &two);
+}
+
+/// Runs a computer's program, which ends with an exception, in both ways: what the handler finds on its stack must
+/// be the same, and is returned.
+pub fn same_exception(computer: impl Fn() -> Computer) -> [u64; 6] {
+    let run = |options: Option<Options>| {
+        let mut c = computer();
+        c.catch_events();
+        if let Some(options) = options {
+            translate(&mut c, options);
+        }
+        finish(&mut c);
+        c
+    };
+    let (one, two) = (run(None), run(Some(ALWAYS)));
+    // The handler's stack ends at 0x6800.
+    assert_eq!(one.reg(reg::RSP) >> 8, 0x67, "no exception");
+    assert_eq!(one.frame(), two.frame());
+    compare(&one, &two);
+    two.frame()
 }
 
 /// The page-table entry of a linear page, in the tables [`computer`] makes.
