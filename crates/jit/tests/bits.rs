@@ -12,24 +12,14 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use support::{
     ALWAYS, CODE, DATA, assemble, assemble_bits, compare, compatibility, computer, entry, finish,
-    harness, same_exception, translate,
+    harness, mostly_translated, same_exception, translate,
 };
 
 /// Runs a program in both ways. Only first accesses to pages and what leaves the program may have been left to
 /// the interpreter.
 fn same(build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) {
     let code = assemble(build);
-    same_on(12, || computer(&code));
-}
-
-fn same_on(left: u64, computer: impl Fn() -> Computer) {
-    let [mut one, mut two] = [computer(), computer()];
-    finish(&mut one);
-    translate(&mut two, ALWAYS);
-    finish(&mut two);
-    compare(&one, &two);
-    let stats = two.cpu.translator_stats().unwrap();
-    assert!(stats.left <= left, "{} left to the interpreter", stats.left);
+    mostly_translated(12, || computer(&code));
 }
 
 #[test]
@@ -137,7 +127,7 @@ fn through_gs_and_relative_to_rip() {
         a.sub(ecx, 1)?;
         a.jne(top)
     });
-    same_on(12, || prepare(&code));
+    mostly_translated(12, || prepare(&code));
 }
 
 #[test]
@@ -159,7 +149,7 @@ fn addresses_of_32_bits_wrap_around() {
         a.sub(ecx, 1)?;
         a.jne(top)
     });
-    same_on(62, || computer(&code));
+    mostly_translated(62, || computer(&code));
 }
 
 #[test]
@@ -186,7 +176,7 @@ fn legacy_code() {
         a.sub(ecx, 1)?;
         a.jne(top)
     });
-    same_on(12, || compatibility(&code));
+    mostly_translated(12, || compatibility(&code));
 }
 
 #[test]
@@ -290,7 +280,7 @@ fn faults_come_before_any_effect() {
 
 #[test]
 fn over_the_end_of_a_page() {
-    same_on(300, || {
+    mostly_translated(300, || {
         computer(&assemble(|a| {
             let mut top = a.create_label();
             a.mov(esi, DATA as u32 + 0xffd)?;

@@ -13,25 +13,13 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use support::{
     ALWAYS, CODE, DATA, assemble, assemble_bits, compare, compatibility, computer, finish, harness,
-    same_exception, translate,
+    mostly_translated, same_exception, translate,
 };
 
-/// Runs a computer's program in both ways; the translated one. So many instructions may have been left to the
-/// interpreter.
-fn same_on(left: u64, computer: impl Fn() -> Computer) -> Computer {
-    let [mut one, mut two] = [computer(), computer()];
-    finish(&mut one);
-    translate(&mut two, ALWAYS);
-    finish(&mut two);
-    compare(&one, &two);
-    let stats = two.cpu.translator_stats().unwrap();
-    assert!(stats.left <= left, "{} left to the interpreter", stats.left);
-    two
-}
-
+/// Runs a program in both ways; the translated one.
 fn same(left: u64, build: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) -> Computer {
     let code = assemble(build);
-    same_on(left, || computer(&code))
+    mostly_translated(left, || computer(&code))
 }
 
 /// CPL 3, with I/O allowed.
@@ -74,11 +62,11 @@ fn strings_in_both_directions() {
     let code = assemble(directions);
     // STD leaves the strings behind it to the interpreter.
     for computer in [computer, user] {
-        let c = same_on(60 * (9 + 2) + 8, || computer(&code));
+        let c = mostly_translated(60 * (9 + 2) + 8, || computer(&code));
         assert_eq!(c.cpu.state.rflags & rflags::DF, 0);
     }
     let code = assemble_bits(32, CODE, directions);
-    same_on(60 * (9 + 2) + 8, || compatibility(&code));
+    mostly_translated(60 * (9 + 2) + 8, || compatibility(&code));
 }
 
 #[test]
@@ -114,7 +102,7 @@ fn control_registers_are_read() {
         a.sub(ecx, 1)?;
         a.jne(top)
     });
-    same_on(8, || {
+    mostly_translated(8, || {
         let mut c = computer(&code);
         c.cpu.state.cr2 = 0xffff_8123_4567_89ab;
         c
@@ -263,7 +251,7 @@ fn the_counter_with_the_processor_s_number() {
         a.jne(top)
     });
     for computer in [computer, user] {
-        let c = same_on(8, || {
+        let c = mostly_translated(8, || {
             let mut c = computer(&code);
             with_rdtscp(&mut c);
             // Without a rate only the offset is left.
@@ -416,7 +404,7 @@ fn selectors_are_stored() {
         a.jne(top)
     });
     for computer in [computer, user] {
-        same_on(10, || {
+        mostly_translated(10, || {
             let mut c = computer(&code);
             for (n, s) in c.cpu.state.seg[..6].iter_mut().enumerate() {
                 if n != usize::from(seg::CS) && n != usize::from(seg::SS) {

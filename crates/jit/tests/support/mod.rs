@@ -126,6 +126,19 @@ pub fn same_on(options: Options, computer: impl Fn() -> Computer) {
     compare(&one, &two);
 }
 
+/// Runs a computer's program in both ways, and returns the translated one: no more instructions than `left` may
+/// have been left to the interpreter.
+pub fn mostly_translated(left: u64, computer: impl Fn() -> Computer) -> Computer {
+    let [mut one, mut two] = [computer(), computer()];
+    finish(&mut one);
+    translate(&mut two, ALWAYS);
+    finish(&mut two);
+    compare(&one, &two);
+    let stats = two.cpu.translator_stats().unwrap();
+    assert!(stats.left <= left, "{} left to the interpreter", stats.left);
+    two
+}
+
 /// Runs a computer's program, which ends with an exception, in both ways: what the handler finds on its stack must
 /// be the same, and is returned.
 pub fn same_exception(computer: impl Fn() -> Computer) -> [u64; 6] {
