@@ -16,9 +16,6 @@ use std::sync::OnceLock;
 /// IA32_TSC_DEADLINE, which needs the APIC timer's mode first.
 const TSC_DEADLINE: u32 = 0x6e0;
 
-/// MSR_KVM_ASYNC_PF_INT: KVM takes no value for it, not even 0, without a local APIC in the kernel.
-const ASYNC_PF_INT: u32 = 0x4b56_4d06;
-
 /// The MSRs with the addresses of [`State::written_by_kvm`].
 const WRITTEN: [(u32, usize); 3] = [(0x4b56_4d00, 12), (0x4b56_4d01, 32), (0x4b56_4d03, 64)];
 
@@ -90,7 +87,6 @@ impl SavedVcpu {
         let mp_state = vcpu.get_mp_state()?;
         let entries: Vec<_> = msr_indices()
             .iter()
-            .filter(|index| lapic || **index != ASYNC_PF_INT)
             .map(|index| kvm_msr_entry {
                 index: *index,
                 ..Default::default()
