@@ -4,7 +4,8 @@
 //! take. So the boundary it is left at is exactly the one that was asked for, wherever in a block, a loop or a
 //! chain of linked blocks that is. Only translators made for that ([`crate::Options::by_count`]) have such code.
 //!
-//! Of a repeated string instruction each element counts, so those are the interpreter's. What is left to the interpreter is left to the caller, too: it has to look at time and events around it.
+//! Of a repeated string instruction each element counts, so those are the interpreter's. What is left to the
+//! interpreter is left to the caller, too: it has to look at time and events around it.
 
 use anykvm_cpu::{Cpu, Insn};
 use iced_x86::IcedError;

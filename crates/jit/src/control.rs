@@ -1,6 +1,6 @@
 //! Instructions that read or change a little of the state beside the registers: CLD, STD, RDTSC, RDTSCP,
-//! SERIALIZE and MOV from segment registers at any privilege level, and at CPL 0 MOV from control registers and CLAC where RFLAGS.AC is clear
-//! anyhow, as it most often is at the entries of a kernel.
+//! SERIALIZE and MOV from segment registers at any privilege level, and at CPL 0 MOV from control registers and
+//! CLAC where RFLAGS.AC is clear anyhow, as it most often is at the entries of a kernel.
 //!
 //! What the processor offers by CPUID may change while translations stay, so [`Offers`] says it at run time.
 

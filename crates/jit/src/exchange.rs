@@ -19,10 +19,8 @@ pub(crate) fn emit(b: &mut Block, insn: &Insn, site: Site) -> Result<Done, IcedE
     let Some(address) = Address::of(insn, site.next).filter(Address::is_plain) else {
         return Ok(Done::Unsupported);
     };
-    let (usage, locked) = match insn.lock() {
-        true => (Use::Atomic, true),
-        false => (Use::Write, false),
-    };
+    let locked = insn.lock();
+    let usage = if locked { Use::Atomic } else { Use::Write };
     // 16 bytes elsewhere are #GP, locked or not; 8 locked ones the interpreter's.
     let aligned = locked || size == 16;
     let checked = b.check_aligned(&address, size, usage, aligned, site)?;
