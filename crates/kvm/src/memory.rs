@@ -307,16 +307,12 @@ impl Vm {
         old: Option<&Record>,
         new: Option<Arc<Slot>>,
     ) {
-        if !table.is_plain(space) {
-            return self.put_in_force(table, space);
+        let old = old.map(|r| r.slot.gpa);
+        if table.is_plain(space) && self.memory.replace_slot(space, old, new) {
+            self.count_change();
+        } else {
+            self.put_in_force(table, space);
         }
-        if !self
-            .memory
-            .replace_slot(space, old.map(|r| r.slot.gpa), new)
-        {
-            unreachable!("the processors see other slots than the table has");
-        }
-        self.count_change();
     }
 
     fn count_change(&self) {
